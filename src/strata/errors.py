@@ -1,0 +1,32 @@
+"""What the user did wrong, in one line, and how to mend it.
+
+Every error that a user can cause derives from `StrataError`; the command line prints its message
+and exits non-zero, never with a traceback. The message says what was given, what is allowed and
+what to do. Broken invariants of our own code stay `assert`.
+"""
+
+from __future__ import annotations
+
+
+class StrataError(ValueError):
+    """Wrong input from a user; its text is one line that says what to do."""
+
+
+class ConfigError(StrataError):
+    """A recipe, an override or an argument is not valid."""
+
+
+class DataError(StrataError):
+    """A source file, a token shard or a tokenizer cannot be read."""
+
+
+class CheckpointError(StrataError):
+    """A training checkpoint is missing, damaged or belongs to another recipe."""
+
+
+class ModelError(StrataError):
+    """A model folder or a host architecture cannot be used."""
+
+
+class StorageError(StrataError):
+    """The disk is full, or a folder cannot be written."""
