@@ -1,0 +1,116 @@
+"""Product-key top-k in plain torch.
+
+Shapes: n tokens, h heads, s = 2 halves, m half-keys per codebook, d width of a half-key, k picks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strata.ops.precision import accumulation_dtype, without_autocast
+
+
+def product_key_topk(query_nhsd: Tensor, keys_hsmd: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """Find the `top_k` rows of a product-key table that score highest for each query.
+
+    Row `i * m + j` has the key (first half-key i, second half-key j), so its score is the sum of
+    two half scores, and only m + m of the m * m scores are ever computed. Scoring and picking run
+    in fp32 (fp64 for fp64 inputs), also under autocast: in bf16 near-ties collapse, and a top-32
+    was seen to hold 27 distinct values.
+
+    Args:
+        query_nhsd: queries, (n, h, 2, d), any float dtype.
+        keys_hsmd: half-key codebooks, (h, 2, m, d), any float dtype.
+        top_k: picks per head, 1..m.
+
+    Returns:
+        scores_nhk: (n, h, k), fp32, descending, differentiable in queries and keys.
+        rows_nhk: (n, h, k), int64 in 0..m*m-1, distinct within a head.
+
+    Raises:
+        ValueError: shapes do not fit, or top_k is not in 1..m.
+
+    Source: "Large Memory Layers with Product Keys" (arXiv 1907.05242), section 3.1.
+    """
+    _check(query_nhsd, keys_hsmd, top_k)
+    half_scores_nhsm = score_halves(query_nhsd, keys_hsmd)
+    with torch.no_grad():
+        halves_nhks = pick_pairs(half_scores_nhsm.detach(), top_k)
+    first_nhk, second_nhk = halves_nhks.unbind(-1)
+    scores_nhk = half_scores_nhsm[:, :, 0].gather(-1, first_nhk) + half_scores_nhsm[:, :, 1].gather(
+        -1, second_nhk
+    )
+    return scores_nhk, first_nhk * keys_hsmd.shape[2] + second_nhk
+
+
+def score_halves(query_nhsd: Tensor, keys_hsmd: Tensor) -> Tensor:
+    """Score each half of each query against its codebook: (n, h, 2, m) in fp32 or fp64."""
+    wide = accumulation_dtype(query_nhsd)
+    with without_autocast(query_nhsd.device):
+        n, h, s, d = query_nhsd.shape
+        m = keys_hsmd.shape[2]
+        query_bnd = query_nhsd.to(wide).reshape(n, h * s, d).transpose(0, 1)
+        keys_bdm = keys_hsmd.to(wide).reshape(h * s, m, d).transpose(1, 2)
+        return torch.bmm(query_bnd, keys_bdm).transpose(0, 1).reshape(n, h, s, m)
+
+
+def pick_pairs(half_scores_nhsm: Tensor, top_k: int) -> Tensor:
+    """Pick the top-k pairs of half-keys by the sum of their scores, best first.
+
+    With both half lists sorted, pair (i, j) is beaten by the (i + 1)(j + 1) - 1 pairs above and
+    left of it, so only pairs with (i + 1)(j + 1) <= k can win: the staircase, exact, 119 of 1,024
+    pairs at k = 32. It holds for additive scores only.
+
+    Args:
+        half_scores_nhsm: (n, h, 2, m), descending order not required.
+        top_k: 1..m.
+
+    Returns:
+        Half-key indices (n, h, k, 2), int64.
+    """
+    best_nhsk, index_nhsk = half_scores_nhsm.topk(top_k, dim=-1)
+    left_p, right_p = _staircase(top_k, half_scores_nhsm.device)
+    sums_nhp = best_nhsk[:, :, 0].index_select(-1, left_p)
+    sums_nhp += best_nhsk[:, :, 1].index_select(-1, right_p)
+    winners_nhk = sums_nhp.topk(top_k, dim=-1).indices
+    first_nhk = index_nhsk[:, :, 0].gather(-1, left_p[winners_nhk])
+    second_nhk = index_nhsk[:, :, 1].gather(-1, right_p[winners_nhk])
+    return torch.stack((first_nhk, second_nhk), dim=-1)
+
+
+def num_staircase_pairs(top_k: int) -> int:
+    """Pairs that stage 2 has to look at: the sum of top_k // i over i = 1..top_k."""
+    return sum(top_k // i for i in range(1, top_k + 1))
+
+
+def _staircase(top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs (i, j) with (i + 1)(j + 1) <= top_k, row by row, made where they are used.
+
+    Not cached: a few tiny kernels cost less than a copy from the host, and a cached tensor would
+    outlive the fake, inference or compiled mode it was made in.
+    """
+    i_k = torch.arange(top_k, device=device)
+    width_k = top_k // (i_k + 1)
+    left_p = i_k.repeat_interleave(width_k, output_size=num_staircase_pairs(top_k))
+    starts_k = width_k.cumsum(0) - width_k
+    right_p = torch.arange(len(left_p), device=device) - starts_k[left_p]
+    return left_p, right_p
+
+
+def _check(query_nhsd: Tensor, keys_hsmd: Tensor, top_k: int) -> None:
+    if query_nhsd.ndim != 4 or keys_hsmd.ndim != 4:
+        raise ValueError(
+            f"queries of shape (n, h, 2, d) and keys of shape (h, 2, m, d) are needed, "
+            f"given {tuple(query_nhsd.shape)} and {tuple(keys_hsmd.shape)}"
+        )
+    _, h, s, d = query_nhsd.shape
+    if keys_hsmd.shape[:2] != (h, s) or keys_hsmd.shape[3] != d or s != 2:
+        raise ValueError(
+            f"heads, halves or widths differ: queries {tuple(query_nhsd.shape)}, "
+            f"keys {tuple(keys_hsmd.shape)}"
+        )
+    if not 1 <= top_k <= keys_hsmd.shape[2]:
+        raise ValueError(
+            f"top_k {top_k} is not in 1..{keys_hsmd.shape[2]} (the half-keys per codebook)"
+        )

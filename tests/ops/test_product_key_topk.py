@@ -1,0 +1,231 @@
+"""Product-key top-k against the full table of n * n scores in float64, outputs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from strata.ops import product_key_topk
+from strata.ops.product_key_topk import num_staircase_pairs, pick_pairs
+
+# Shapes as in the source: n tokens, h heads, m half-keys, d width of a half, k picks.
+SIZES = [(5, 3, 7, 5, 4), (1, 1, 1, 1, 1), (0, 2, 5, 3, 2), (13, 2, 33, 17, 32), (4, 1, 6, 3, 6)]
+
+
+def full_table(query_nhsd: Tensor, keys_hsmd: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The plain formula: score all m * m rows in float64, then pick."""
+    half_nhsm = torch.einsum("nhsd,hsmd->nhsm", query_nhsd.double(), keys_hsmd.double())
+    table_nhmm = half_nhsm[:, :, 0, :, None] + half_nhsm[:, :, 1, None, :]
+    best = table_nhmm.flatten(2).topk(top_k, dim=-1)
+    return best.values, best.indices
+
+
+def draw(
+    n: int, h: int, m: int, d: int, *, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    query = torch.randn(n, h, 2, d, dtype=torch.float64).to(dtype).requires_grad_()
+    keys = torch.randn(h, 2, m, d, dtype=torch.float64).to(dtype).requires_grad_()
+    return query, keys
+
+
+# fp64: rounding of a few sums of products only. fp32: the same in fp32, sums of at most 2 * 17
+# products of deviation 1. bf16: products of bf16 are exact in fp32 and so is the comparison, but
+# gradients come back in bf16, with 8 bits of mantissa.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "grad_tolerance"),
+    [(torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-5, 2**-7)],
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_outputs_and_gradients(
+    size: tuple[int, ...], dtype: torch.dtype, tolerance: float, grad_tolerance: float
+) -> None:
+    n, h, m, d, k = size
+    query, keys = draw(n, h, m, d, dtype=dtype)
+    scores, rows = product_key_topk(query, keys, top_k=k)
+    query64, keys64 = (x.detach().double().requires_grad_() for x in (query, keys))
+    expected, expected_rows = full_table(query64, keys64, k)
+
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert scores.shape == rows.shape == (n, h, k)
+    assert torch.equal(rows, expected_rows)
+    torch.testing.assert_close(scores.double(), expected, atol=tolerance, rtol=tolerance)
+
+    cotangent = torch.randn(n, h, k, dtype=torch.float64)
+    scores.backward(cotangent.to(scores.dtype))
+    expected.backward(cotangent)
+    for mine, truth in ((query, query64), (keys, keys64)):
+        assert mine.grad is not None and truth.grad is not None
+        assert mine.grad.dtype == dtype
+        scale = max(1.0, float(truth.grad.abs().amax())) if truth.grad.numel() else 1.0
+        error = (mine.grad.double() - truth.grad).abs()
+        assert not error.numel() or error.max() <= grad_tolerance * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 4),
+    h=st.integers(1, 3),
+    m=st.integers(1, 40),
+    d=st.integers(1, 9),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_finds_the_winners_of_the_full_table(
+    n: int, h: int, m: int, d: int, share: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    k = 1 + round(share * (m - 1))
+    query, keys = draw(n, h, m, d)
+    scores, rows = product_key_topk(query, keys, top_k=k)
+    expected, expected_rows = full_table(query, keys, k)
+    assert torch.equal(rows, expected_rows)  # float64 and continuous draws: no ties
+    torch.testing.assert_close(scores, expected, atol=1e-10, rtol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 24),
+    k_share=st.floats(0, 1),
+    levels=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_ties_lose_no_score(m: int, k_share: float, levels: int, seed: int) -> None:
+    """Few distinct scores: which of the tied rows win is free, the winning scores are not."""
+    generator = torch.Generator().manual_seed(seed)
+    k = 1 + round(k_share * (m - 1))
+    half = torch.randint(0, levels, (3, 2, 2, m), generator=generator).double()
+    pairs = pick_pairs(half, k)
+    first, second = pairs.unbind(-1)
+    picked = half[:, :, 0].gather(-1, first) + half[:, :, 1].gather(-1, second)
+    full = (half[:, :, 0, :, None] + half[:, :, 1, None, :]).flatten(2)
+    assert torch.equal(picked, full.topk(k, dim=-1).values)
+    distinct = (first * m + second).sort(dim=-1).values
+    assert (distinct.diff(dim=-1) > 0).all()
+
+
+def test_all_scores_equal() -> None:
+    query = torch.zeros(3, 2, 2, 4, requires_grad=True)
+    keys = torch.randn(2, 2, 9, 4, requires_grad=True)
+    scores, rows = product_key_topk(query, keys, top_k=9)
+    assert torch.equal(scores, torch.zeros(3, 2, 9))
+    assert (rows.sort(dim=-1).values.diff(dim=-1) > 0).all()
+    scores.sum().backward()
+    assert query.grad is not None and query.grad.isfinite().all()
+
+
+def test_staircase_has_119_pairs_at_32() -> None:
+    assert num_staircase_pairs(32) == 119
+    for k in (1, 2, 3, 8, 31, 64):
+        assert num_staircase_pairs(k) == sum(
+            (i + 1) * (j + 1) <= k for i in range(k) for j in range(k)
+        )
+
+
+def test_every_stair_can_win() -> None:
+    """No pair of the staircase is superfluous: for each there are scores that make it a winner."""
+    k = 6
+    for i in range(k):
+        for j in range(k // (i + 1)):
+            # Entries above and left of (i, j) are equal to it but for a hair, all others far below.
+            half = torch.full((1, 1, 2, k), -100.0, dtype=torch.float64)
+            half[0, 0, 0, : i + 1] = torch.linspace(0.02, 0.01, i + 1, dtype=torch.float64)
+            half[0, 0, 1, : j + 1] = torch.linspace(0.02, 0.01, j + 1, dtype=torch.float64)
+            picks = pick_pairs(half, k)[0, 0].tolist()
+            assert [i, j] in picks
+
+
+def test_bf16_inputs_are_scored_and_picked_in_fp32() -> None:
+    """In bf16 a top-32 was seen to hold 27 distinct scores; in fp32 all 32 are distinct."""
+    query, keys = draw(16, 4, 128, 64, dtype=torch.bfloat16)
+    scores, rows = product_key_topk(query, keys, top_k=32)
+    _, expected_rows = full_table(query, keys, 32)
+    assert torch.equal(rows, expected_rows)
+    assert all(len(head.unique()) == 32 for head in scores.flatten(0, 1))
+    coarse = torch.einsum("nhsd,hsmd->nhsm", query, keys)
+    coarse = (coarse[:, :, 0, :, None] + coarse[:, :, 1, None, :]).flatten(2).topk(32).values
+    assert min(len(head.unique()) for head in coarse.flatten(0, 1)) < 32  # the trap is real
+
+
+def test_autocast_does_not_reach_the_scores() -> None:
+    query, keys = draw(16, 2, 64, 32, dtype=torch.float32)
+    expected, expected_rows = product_key_topk(query, keys, top_k=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, rows = product_key_topk(query, keys, top_k=32)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, expected)
+    assert torch.equal(rows, expected_rows)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_nothing_uninitialised_is_read() -> None:
+    query, keys = draw(7, 3, 11, 5, dtype=torch.float32)
+    scores, rows = product_key_topk(query, keys, top_k=5)
+    _, expected_rows = full_table(query, keys, 5)
+    scores.sum().backward()
+    assert torch.equal(rows, expected_rows)
+    assert query.grad is not None and query.grad.isfinite().all()
+    assert keys.grad is not None and keys.grad.isfinite().all()
+
+
+def test_non_contiguous_inputs() -> None:
+    query = torch.randn(2, 5, 3, 7, dtype=torch.float64).permute(3, 2, 0, 1)  # (7, 3, 2, 5)
+    keys = torch.randn(5, 11, 2, 3, dtype=torch.float64).permute(3, 2, 1, 0)  # (3, 2, 11, 5)
+    scores, rows = product_key_topk(query, keys, top_k=6)
+    expected, expected_rows = full_table(query, keys, 6)
+    assert torch.equal(rows, expected_rows)
+    torch.testing.assert_close(scores, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("first_call", ["inference_mode", "fake", "meta"])
+def test_a_first_call_without_data_leaves_nothing_behind(first_call: str) -> None:
+    """The staircase is cached; it must not be cached as a tensor that cannot be used later."""
+    k = {"inference_mode": 9, "fake": 10, "meta": 11}[first_call]  # used nowhere else
+    if first_call == "inference_mode":
+        with torch.inference_mode():
+            product_key_topk(*draw(2, 1, 12, 3, dtype=torch.float32), top_k=k)
+    elif first_call == "fake":
+        with FakeTensorMode():
+            product_key_topk(torch.empty(2, 1, 2, 3), torch.empty(1, 2, 12, 3), top_k=k)
+    else:
+        query, keys = torch.empty(2, 1, 2, 3, device="meta"), torch.empty(1, 2, 12, 3)
+        product_key_topk(query, keys.to("meta"), top_k=k)
+    query, keys = draw(4, 2, 12, 3)
+    scores, rows = product_key_topk(query, keys, top_k=k)
+    scores.sum().backward()
+    assert torch.equal(rows, full_table(query, keys, k)[1])
+
+
+def test_compiles_whole_with_gradients() -> None:
+    query, keys = draw(6, 2, 16, 4)
+    compiled = torch.compile(
+        lambda q, c: product_key_topk(q, c, top_k=8), fullgraph=True, backend="aot_eager"
+    )
+    scores, rows = compiled(query, keys)
+    expected, expected_rows = product_key_topk(query, keys, top_k=8)
+    assert torch.equal(rows, expected_rows)
+    grads = torch.autograd.grad(scores.square().sum(), (query, keys))
+    truth = torch.autograd.grad(expected.square().sum(), (query, keys))
+    torch.testing.assert_close(grads, truth, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("query_shape", "keys_shape", "top_k", "says"),
+    [
+        ((2, 3, 2, 4), (3, 2, 8, 4), 9, "top_k 9 is not in 1..8"),
+        ((2, 3, 2, 4), (3, 2, 8, 4), 0, "top_k 0 is not in 1..8"),
+        ((2, 3, 2, 4), (4, 2, 8, 4), 2, "differ"),
+        ((2, 3, 3, 4), (3, 3, 8, 4), 2, "differ"),
+        ((2, 3, 2, 4), (3, 2, 8, 5), 2, "differ"),
+        ((2, 3, 8), (3, 2, 8, 4), 2, "needed"),
+    ],
+)
+def test_shapes_that_do_not_fit(
+    query_shape: tuple[int, ...], keys_shape: tuple[int, ...], top_k: int, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        product_key_topk(torch.zeros(query_shape), torch.zeros(keys_shape), top_k=top_k)
+    assert "\n" not in str(caught.value)
