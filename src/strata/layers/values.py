@@ -1,0 +1,82 @@
+"""The value table: rows of knowledge, one object handed to all layers that share it."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from strata.ops.weighted_bag import UseQueue
+
+
+class Factory(TypedDict):
+    """Where new weights go: the two keyword arguments of torch's module constructors."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class ValueTable(nn.Module):
+    """A trainable table of rows, read by index and updated only where it was read.
+
+    Without a row optimizer the table's gradient is a sparse COO tensor in `weight.grad`, so
+    torch.optim.SparseAdam, SGD and Adagrad train it. A `RowOptimizer` turns `queued` on: backward
+    then queues what it owes in `queue`, and `weight.grad` stays None.
+
+    Args:
+        num_rows: r.
+        width: v, numbers per row.
+        device, dtype: as for any module.
+
+    Attributes:
+        weight: (r, v).
+        queue: uses since the last update, see `strata.ops.UseQueue`.
+        queued: whether backward queues instead of writing `weight.grad`.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
+        self.queue = UseQueue()
+        self.queued = False
+        self.reset_parameters()
+
+    @property
+    def num_rows(self) -> int:
+        """r."""
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """v."""
+        return self.weight.shape[1]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw rows from N(0, 1/sqrt(v)), in place."""
+        self.weight.normal_(std=self.width**-0.5)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has no row optimizer yet, so nobody would empty its queue."""
+        super().__setstate__(state)
+        self.queued = False
+
+    def extra_repr(self) -> str:
+        return f"num_rows={self.num_rows}, width={self.width}"
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Plain lookup of rows (...,) -> (..., v), for inspection; layers read through the ops."""
+        return self.weight[rows]
+
+    @property
+    def active_queue(self) -> UseQueue | None:
+        """The queue that backward should fill, or None for a sparse gradient."""
+        return self.queue if self.queued else None
