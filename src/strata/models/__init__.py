@@ -1,0 +1,17 @@
+"""Decoders with memory as ordinary transformers models. May import layers (and ops under them)."""
+
+from strata.models.build import ModelConfig, build, load
+from strata.models.count import Counts, count
+from strata.models.registration import HOSTS, install, register_hosts, strata_class
+
+__all__ = [
+    "HOSTS",
+    "Counts",
+    "ModelConfig",
+    "build",
+    "count",
+    "install",
+    "load",
+    "register_hosts",
+    "strata_class",
+]

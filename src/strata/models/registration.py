@@ -1,0 +1,180 @@
+"""strata models as ordinary transformers models: saved, opened and named by the Auto classes.
+
+For each host class such as `LlamaForCausalLM` there is a subclass `StrataLlamaForCausalLM` whose
+configuration carries one more field, `memory_layers`, and has the model type `strata_llama`.
+Everything else (generate, caches, attention, PEFT, gradient checkpointing) is the host's own.
+
+A saved folder must never be half-loaded by a program that has not imported strata: its model type
+is unknown to the Auto classes, and `vocab_size` is sealed in the JSON so that the host's own
+configuration refuses it too.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from strata.errors import ModelError
+from strata.layers import MemoryLayerConfig, insert_memory
+
+HOSTS: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+}
+_SEALED = "vocab_size"
+_SEAL = "needs strata: pip install strata-lm, then import strata"
+
+_strata_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+_strata_configs: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+
+
+class MemoryConfigMixin:
+    """The configuration side: one more field, sealed on disk."""
+
+    memory_layers: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        sealed = config_dict.get(_SEALED)
+        if isinstance(sealed, dict):
+            config_dict = {**config_dict, _SEALED: sealed["value"]}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        tree = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        tree[_SEALED] = {_SEAL: True, "value": self.vocab_size}  # type: ignore[attr-defined]
+        text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
+
+
+class MemoryModelMixin:
+    """The model side: built with its memory, and opened whole or not at all."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if not config.memory_layers:
+            raise ModelError(f"{type(config).__name__} without memory_layers: build the host class")
+        memory = MemoryLayerConfig.model_validate(config.memory_layers)
+        # Freezing belongs to the training run that asked for it, not to everyone who opens it.
+        insert_memory(self, memory.model_copy(update={"freeze_base": False}))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a folder that lacks a weight is refused, not filled at random."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"{args[0] if args else 'the folder'} lacks {len(missing)} weights of "
+                f"{cls.__name__}, first {missing[0]}: copy or save it again"
+            )
+        return (model, info) if wants_info else model
+
+
+def strata_class(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The memory-carrying subclass of a host class, made once and known to the Auto classes.
+
+    The first host class of a configuration is the one that the Auto classes open; a class derived
+    from it shares its configuration, as everywhere in transformers.
+    """
+    if issubclass(host, MemoryModelMixin):
+        return host
+    if host not in _strata_classes:
+        host_config = host.config_class
+        assert host_config is not None
+        first = host_config not in _strata_configs
+        config_class: Any = _strata_config(host_config)
+        model_class: Any = type(
+            f"Strata{host.__name__}",
+            (MemoryModelMixin, host),
+            {
+                "config_class": config_class,
+                "__module__": __name__,
+                "__doc__": f"{host.__name__} with memory layers.",
+            },
+        )
+        globals()[model_class.__name__] = model_class  # found by name, as every class is
+        if first:
+            AutoConfig.register(config_class.model_type, config_class)
+            AutoModelForCausalLM.register(config_class, model_class)
+        _strata_classes[host] = model_class
+    return _strata_classes[host]
+
+
+def _strata_config(host_config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    if host_config not in _strata_configs:
+        config_class: Any = type(
+            f"Strata{host_config.__name__}",
+            (MemoryConfigMixin, host_config),
+            {
+                "model_type": f"strata_{host_config.model_type}",
+                "memory_layers": None,
+                "__annotations__": {"memory_layers": dict[str, Any] | None},
+                "__module__": __name__,
+                "__doc__": f"{host_config.__name__} with `memory_layers`.",
+            },
+        )
+        globals()[config_class.__name__] = config_class
+        _strata_configs[host_config] = config_class
+    return _strata_configs[host_config]
+
+
+def register_hosts() -> None:
+    """Make the Auto classes open strata folders of every supported host."""
+    for module, name in HOSTS.items():
+        package = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        strata_class(getattr(package, name))
+
+
+def install(model: PreTrainedModel, config: MemoryLayerConfig) -> PreTrainedModel:
+    """Put memory layers into any decoder, from scratch or trained, in place.
+
+    The model keeps its identity and its weights; its class becomes the strata subclass of its
+    host, so that `save_pretrained` writes a folder which the Auto classes open. A host outside
+    the supported list works too; the program that opens its folder calls `strata_class(Host)`
+    first.
+
+    Args:
+        model: a transformers decoder for causal language modelling.
+        config: which layers, and what kind of memory.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: a layer is out of range or widths do not fit; the model is left as it was.
+        ModelError: not a decoder with `layers[i].mlp` and a language-model head, or it has memory
+            already.
+    """
+    if not model.can_generate() or model.config.get_text_config() is not model.config:
+        raise ModelError(
+            f"{type(model).__name__} is no text decoder with a language-model head: give a "
+            "...ForCausalLM model"
+        )
+    insert_memory(model, config)
+    subclass = strata_class(type(model))
+    _own_config(model)
+    model.__class__ = subclass
+    model.config.__class__ = subclass.config_class  # type: ignore[assignment]
+    model.config.memory_layers = config.model_dump(mode="json")
+    return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a configuration of its own: another model may be built from the same one."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own  # type: ignore[assignment]
