@@ -1,0 +1,159 @@
+"""What a folder of tokens says about itself: `manifest.json`, written last.
+
+DIR/manifest.json            this file; a folder without it is unfinished
+DIR/tokenizer/               a copy of the tokenizer
+DIR/train/00000.tokens.npy   uint16 or uint32: documents, one after the other
+DIR/train/00000.documents.npy   int64: where each document starts in the shard
+DIR/train/00000.loss_from.npy   int32: how many leading tokens of each carry no loss
+DIR/val/...                  the same, where a validation split was asked for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, ValidationError
+
+from strata.config import FrozenConfig
+from strata.data.sources import SourceEntry
+from strata.errors import DataError
+
+FORMAT: Final = "strata-tokens"
+FORMAT_VERSION: Final = 1
+MANIFEST_NAME = "manifest.json"
+
+_MAX_MANIFEST_BYTES = 256 * 2**20
+_HASH_STEP_BYTES = 1 << 20
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class FileEntry(FrozenConfig):
+    """Size and sha256 of one file."""
+
+    num_bytes: Count
+    sha256: str
+
+
+class ShardEntry(FrozenConfig):
+    """One shard: three files that share a name."""
+
+    name: Annotated[str, Field(pattern=r"^[0-9]{5,10}$")]
+    num_tokens: Count
+    num_documents: Count
+    tokens: FileEntry
+    documents: FileEntry
+    loss_from: FileEntry
+
+
+class SplitEntry(FrozenConfig):
+    """One split: its shards, in the order of the stream."""
+
+    num_tokens: Count
+    num_documents: Count
+    shards: tuple[ShardEntry, ...]
+
+
+class PreparedFrom(FrozenConfig):
+    """Everything that decides the bytes of a token folder; equal origins give equal bytes."""
+
+    sources: tuple[SourceEntry, ...]
+    tokenizer_sha256: str
+    seed: int
+    shuffle: bool
+    text_field: str
+    txt_documents: str
+    val_fraction: float
+    shard_tokens: int
+    append_eos: bool
+    prepend_bos: bool
+    parse_special_tokens: bool
+
+
+class TokenManifest(FrozenConfig):
+    """The whole of `manifest.json`.
+
+    Attributes:
+        dtype: of the tokens on disk.
+        vocab_size: one more than the greatest id that the tokenizer knows.
+        eos_id, bos_id, pad_id: ids of the tokenizer's special tokens, None where it has none.
+        num_tokens, num_documents: sums over the splits.
+        num_empty: source records left out because they hold no text.
+        splits: `train`, and `val` where `val_fraction` > 0.
+        prepared_from: the arguments and sources.
+    """
+
+    format: Literal["strata-tokens"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+    eos_id: int | None
+    bos_id: int | None
+    pad_id: int | None
+    num_tokens: Count
+    num_documents: Count
+    num_empty: Count
+    splits: dict[Literal["train", "val"], SplitEntry]
+    prepared_from: PreparedFrom
+
+
+def read_manifest(folder: Path) -> TokenManifest:
+    """Read and check the manifest of a token folder.
+
+    Raises:
+        DataError: there is none, or it is not one that this version reads.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        if (folder / ".prepare").is_dir():
+            raise DataError(f"{folder} is unfinished: run the same `strata data prepare` again")
+        raise DataError(f"no {MANIFEST_NAME} in {folder}: make it with `strata data prepare`")
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise DataError(f"{path} is larger than {_MAX_MANIFEST_BYTES // 2**20} MiB: not a manifest")
+    try:
+        return TokenManifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        if where in ("format", "format_version"):
+            raise DataError(
+                f"{path}: {where} is {first['input']!r}, this strata reads "
+                f"{FORMAT} version {FORMAT_VERSION}: prepare the data again"
+            ) from None
+        raise DataError(f"{path} is damaged: {where}: {first['msg']}: prepare it again") from None
+
+
+def write_json(path: Path, content: FrozenConfig) -> None:
+    """Write a model as JSON so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.model_dump_json(indent=1).encode() + b"\n")
+        sync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until what was written is on the disk."""
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while step := file.read(_HASH_STEP_BYTES):
+            digest.update(step)
+    return digest.hexdigest()
