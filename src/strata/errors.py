@@ -9,7 +9,14 @@ from __future__ import annotations
 
 
 class StrataError(ValueError):
-    """Wrong input from a user; its text is one line that says what to do."""
+    """Wrong input from a user; its text is one line that says what to do.
+
+    Attributes:
+        exit_code: what the command line ends with: 2 for wrong input, 1 where the input was right
+            and the work failed.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(StrataError):
@@ -30,3 +37,11 @@ class ModelError(StrataError):
 
 class StorageError(StrataError):
     """The disk is full, or a folder cannot be written."""
+
+    exit_code = 1
+
+
+class DivergenceError(StrataError):
+    """The loss or a gradient stopped being a number."""
+
+    exit_code = 1

@@ -1,0 +1,106 @@
+"""What a run reads: training batches in order, fixed validation batches, and the tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from strata.data.loader import Loader, TokenDataset
+from strata.data.manifest import read_manifest
+from strata.errors import CheckpointError, ConfigError, DataError
+from strata.train.recipe import Recipe
+
+Batch = dict[str, torch.Tensor]
+
+
+class Feed:
+    """The data of one run.
+
+    Args:
+        recipe: the run.
+
+    Attributes:
+        tokenizer: the data's own, saved beside the finished model.
+        validation: the batches of every validation, the same each time; empty if never validated.
+
+    Raises:
+        DataError: the data folder, its validation split or its tokenizer cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        config = recipe.data.loader_config(seed=recipe.seed)
+        self.tokenizer = _open_tokenizer(recipe.data.dir)
+        self._loader = Loader(TokenDataset.open(recipe.data.dir, split="train"), config)
+        self._batches = iter(self._loader)
+        self._data_sha256 = _train_sha256(recipe.data.dir)
+        self.validation: list[Batch] = []
+        if recipe.run.validate_every is not None:
+            validation = Loader(TokenDataset.open(recipe.data.dir, split="val"), config)
+            self.validation = list(islice(iter(validation), recipe.run.validate_batches))
+
+    def next_batch(self) -> Batch:
+        """The next micro-batch of the training split."""
+        return next(self._batches)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Check that the model can read this data.
+
+        Raises:
+            ConfigError: too small a vocabulary, or too short a context.
+        """
+        text = model.config.get_text_config()
+        if len(self.tokenizer) > text.vocab_size:
+            raise ConfigError(
+                f"the tokenizer of {self._recipe.data.dir} has {len(self.tokenizer)} tokens but "
+                f"the model's vocab_size is {text.vocab_size}: raise model.host.vocab_size"
+            )
+        positions = getattr(text, "max_position_embeddings", None)
+        if positions is not None and self._recipe.data.sequence_tokens > positions:
+            raise ConfigError(
+                f"data.sequence_tokens is {self._recipe.data.sequence_tokens} but the model has "
+                f"{positions} positions: lower it"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, JSON-able."""
+        return {"data_sha256": self._data_sha256, "loader": self._loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a place in the same data.
+
+        Raises:
+            CheckpointError: the data folder holds other data than the checkpoint was made with.
+        """
+        if state["data_sha256"] != self._data_sha256:
+            raise CheckpointError(
+                f"{self._recipe.data.dir} holds other data than the run in {self._recipe.run_dir} "
+                "was started with: give back its data.dir, or start over with --fresh"
+            )
+        self._loader.load_state_dict(state["loader"])
+        self._batches = iter(self._loader)
+
+
+def _train_sha256(data_dir: Path) -> str:
+    """Identity of the training split: its manifest entry holds the sha256 of every shard."""
+    entry = read_manifest(data_dir).splits["train"]
+    return hashlib.sha256(entry.model_dump_json().encode()).hexdigest()
+
+
+def _open_tokenizer(data_dir: Path) -> PreTrainedTokenizerBase:
+    folder = data_dir / "tokenizer"
+    if not folder.is_dir():
+        raise DataError(
+            f"no prepared data at {data_dir} ({folder} is missing): run strata data prepare, "
+            "or set data.dir"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception on a damaged file
+        message = " ".join(str(error).split())[:200]
+        raise DataError(f"the tokenizer in {folder} cannot be opened: {message}") from None

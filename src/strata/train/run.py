@@ -1,0 +1,178 @@
+"""Where a run lives: its folder, the signals that stop it, its device.
+
+RUN/recipe.yaml      the resolved recipe
+RUN/metrics.jsonl    one line a logged step
+RUN/checkpoints/     what resumption needs, see checkpoint.py
+RUN/model/           the finished model with its tokenizer, for from_pretrained
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import threading
+from types import FrameType
+from typing import IO, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from strata.config import dump_yaml, validate
+from strata.errors import CheckpointError, ConfigError
+from strata.train.checkpoint import Checkpoint, CheckpointFolder, storage_errors
+from strata.train.metrics import METRICS_NAME
+from strata.train.recipe import RECIPE_NAME, Recipe, require_same_run
+
+LOCK_NAME = ".lock"
+_TEMPORARY_MODEL = ".unfinished_model"
+
+
+class RunFolder:
+    """The folder of one run, held by this process while the context is open.
+
+    Args:
+        recipe: the run.
+
+    Raises:
+        ConfigError: on entering, another process trains in this folder.
+        StorageError: on entering, the folder cannot be written.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.dir = recipe.run_dir
+        self.model_dir = self.dir / "model"
+        self.checkpoints = CheckpointFolder(
+            self.dir / "checkpoints", keep=recipe.run.keep_checkpoints
+        )
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> RunFolder:
+        if self.dir.exists() and not self.dir.is_dir():
+            raise ConfigError(f"run.dir {self.dir} is a file: name a folder, new or a run's own")
+        with storage_errors(f"opening {self.dir}", consequence="choose another run.dir"):
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.dir / LOCK_NAME).open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ConfigError(
+                f"another process is training in {self.dir}: wait for it or choose another run.dir"
+            ) from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def clear(self) -> None:
+        """Delete what a run writes, and nothing else that lies in the folder."""
+        for name in ("checkpoints", "model", "tensorboard", _TEMPORARY_MODEL):
+            shutil.rmtree(self.dir / name, ignore_errors=True)
+        for name in (RECIPE_NAME, METRICS_NAME, "wandb_id"):
+            (self.dir / name).unlink(missing_ok=True)
+
+    def open_newest(self) -> Checkpoint | None:
+        """The newest checkpoint if there is one, checked to belong to this recipe.
+
+        Raises:
+            CheckpointError: it is damaged, or an incompatible version wrote it.
+            ConfigError: it belongs to a recipe that gives another result.
+        """
+        self.checkpoints.clean()
+        steps = self.checkpoints.steps()
+        if not steps:
+            return None
+        checkpoint = self.checkpoints.open(steps[-1])
+        require_same_run(_stored_recipe(checkpoint), self.recipe)
+        return checkpoint
+
+    def write_recipe(self) -> None:
+        """Write the resolved recipe into the folder."""
+        path = self.dir / RECIPE_NAME
+        with storage_errors(f"writing {path}", consequence="training has not begun"):
+            temporary = path.with_suffix(".yaml.tmp")
+            temporary.write_text(dump_yaml(self.recipe), encoding="utf-8")
+            os.replace(temporary, path)
+
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the finished model and its tokenizer, whole or not at all."""
+        temporary = self.dir / _TEMPORARY_MODEL
+        shutil.rmtree(temporary, ignore_errors=True)
+        with storage_errors(
+            f"saving {self.model_dir}", consequence="the checkpoint of the last step is intact"
+        ):
+            try:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        if self.model_dir.exists():
+            shutil.rmtree(self.model_dir)
+        temporary.rename(self.model_dir)
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGINT, so that the loop can finish its step and save.
+
+    The second signal acts at once. Outside the main thread, where Python allows no handlers, it
+    does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a recipe names.
+
+    Raises:
+        ConfigError: there is no such device, or this is one of several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"strata train runs in one process, this is one of {os.environ['WORLD_SIZE']}: "
+            "start it without torchrun"
+        )
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"run.device is {name} but torch sees {torch.cuda.device_count()} GPUs: "
+            "choose another or auto"
+        )
+    return device
+
+
+def _stored_recipe(checkpoint: Checkpoint) -> Recipe:
+    try:
+        return validate(Recipe, checkpoint.state["recipe"], origin=str(checkpoint.path))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} was written by another version of strata ({error}): "
+            "go on with that version, or start over with --fresh"
+        ) from None
