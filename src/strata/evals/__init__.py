@@ -1,0 +1,6 @@
+"""What a model knows and how well it predicts. May import models and data.
+
+`questions` reads question files, `recall` asks them, `loss` measures text and prepared tokens,
+`lm_eval_adapter` runs published benchmarks, `report` holds the figures. `scoring` and `documents`
+are what they stand on.
+"""
