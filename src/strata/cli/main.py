@@ -7,6 +7,12 @@ import sys
 
 import typer
 
+from strata.cli.data import prepare_data
+from strata.cli.eval import evaluate
+from strata.cli.generate import generate
+from strata.cli.quickstart import quickstart
+from strata.cli.tokenizer import train_tokenizer
+from strata.cli.train import train
 from strata.errors import StrataError
 
 app = typer.Typer(
@@ -16,6 +22,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(train)
+app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(quickstart)
+
+data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=True)
+data_app.command("prepare")(prepare_data)
+app.add_typer(data_app, name="data")
+
+tokenizer_app = typer.Typer(help="A vocabulary of one's own.", no_args_is_help=True)
+tokenizer_app.command("train")(train_tokenizer)
+app.add_typer(tokenizer_app, name="tokenizer")
 
 
 def main() -> None:
@@ -26,13 +44,13 @@ def main() -> None:
     try:
         app()
     except StrataError as error:
-        _fail(str(error), code=2)
+        _fail(str(error), code=error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(f"disk full while writing {error.filename or 'output'}: free some space", code=1)
-        raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", code=1)
 
 
 def _fail(message: str, *, code: int) -> None:

@@ -1,0 +1,98 @@
+"""`strata data`: documents to shards of tokens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from strata.data.manifest import TokenManifest
+
+
+def prepare_data(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="parquet, jsonl, txt or folders")
+    ],
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    tokenizer: Annotated[Path, typer.Option(help="folder with a tokenizer.json")],
+    memory_gb: Annotated[float, typer.Option(help="memory to use, in 1e9 bytes")] = 8.0,
+    seed: Annotated[int, typer.Option(help="of the shuffle and the validation split")] = 42,
+    shuffle: Annotated[bool, typer.Option(help="one random order of all documents")] = True,
+    val_fraction: Annotated[float, typer.Option(help="share of documents kept for val")] = 0.0,
+    text_field: Annotated[str, typer.Option(help="field or column of the text")] = "text",
+    paragraphs: Annotated[
+        bool, typer.Option("--paragraphs", help="each block of a txt file is a document")
+    ] = False,
+    shard_tokens: Annotated[int, typer.Option(help="most tokens of a shard")] = 2**27,
+    append_eos: Annotated[bool, typer.Option(help="end each document with <eos>")] = True,
+    prepend_bos: Annotated[bool, typer.Option(help="begin each document with <bos>")] = False,
+    parse_special_tokens: Annotated[
+        bool, typer.Option(help='let "<eos>" in a text be that token, not text')
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Tokenise, shuffle and shard documents.
+
+    Interrupted, the same command goes on where it was. Rows hold a text, or a prompt and a
+    completion; prompts carry no loss.
+    """
+    from strata.config import validate
+    from strata.data.manifest import MANIFEST_NAME
+    from strata.data.prepare import PrepareConfig, prepare
+
+    settings = {
+        "memory_gb": memory_gb,
+        "seed": seed,
+        "shuffle": shuffle,
+        "val_fraction": val_fraction,
+        "text_field": text_field,
+        "txt_documents": "paragraph" if paragraphs else "file",
+        "shard_tokens": shard_tokens,
+        "append_eos": append_eos,
+        "prepend_bos": prepend_bos,
+        "parse_special_tokens": parse_special_tokens,
+    }
+    config = validate(PrepareConfig, settings, origin="strata data prepare")
+    was_complete = (out / MANIFEST_NAME).is_file()
+    try:
+        manifest = prepare(
+            sources, out=out, tokenizer=tokenizer, config=config, progress=not as_json
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(_summary(out, manifest, was_complete=was_complete)))
+        return
+    if was_complete:
+        print(f"{out} is complete already, nothing to do")
+    for name, split in manifest.splits.items():
+        print(
+            f"{name}: {split.num_tokens:,} tokens in {split.num_documents:,} documents "
+            f"and {len(split.shards)} shards"
+        )
+    if manifest.num_empty:
+        print(f"left out {manifest.num_empty:,} records without text")
+
+
+def _summary(out: Path, manifest: TokenManifest, *, was_complete: bool) -> dict[str, object]:
+    return {
+        "out": str(out),
+        "was_complete": was_complete,
+        "num_tokens": manifest.num_tokens,
+        "num_documents": manifest.num_documents,
+        "num_empty": manifest.num_empty,
+        "vocab_size": manifest.vocab_size,
+        "splits": {
+            name: {
+                "num_tokens": split.num_tokens,
+                "num_documents": split.num_documents,
+                "num_shards": len(split.shards),
+            }
+            for name, split in manifest.splits.items()
+        },
+    }
