@@ -44,7 +44,9 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder: give the path of a YAML file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): a recipe is YAML") from None
+        raise ConfigError(
+            f"{path} is not UTF-8 text (byte {error.start}): a recipe is YAML"
+        ) from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

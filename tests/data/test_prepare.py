@@ -1,0 +1,292 @@
+"""Prepared folders hold every document once, in an order that only the arguments decide."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_documents import Prepare, folder_bytes, make_texts, write_jsonl
+from tokenizers import Tokenizer
+
+from strata.cli.data import prepare_data
+from strata.data import manifest as manifest_file
+from strata.data.dataset import TokenDataset
+from strata.data.prepare import PrepareConfig
+from strata.errors import DataError
+
+EOS = 2
+
+
+def texts_in(folder: Path, split: str = "train") -> list[str]:
+    """The texts of a split, read back through its own tokenizer."""
+    dataset = TokenDataset.open(folder, split=split, verify=True)
+    bpe = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    documents = [dataset.document(index) for index in range(dataset.num_documents)]
+    assert all(document[-1] == EOS for document in documents)
+    return [bpe.decode(document[:-1].tolist(), skip_special_tokens=False) for document in documents]
+
+
+def test_every_document_once_in_a_shuffled_order(
+    tmp_path: Path, prepare_to: Prepare, tight_memory: None
+) -> None:
+    texts = make_texts(400)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare_to(tmp_path / "out", source, shard_tokens=2000)
+    found = texts_in(tmp_path / "out")
+    assert sorted(found) == sorted(texts)
+    # Rank correlation with the source order; its standard deviation under the null is 0.05.
+    ranks = [int(text.split(":")[0]) for text in found]
+    assert abs(np.corrcoef(ranks, np.arange(400))[0, 1]) < 0.2
+    assert manifest.num_documents == 400
+    shards = manifest.splits["train"].shards
+    assert len(shards) > 3 and all(shard.num_tokens <= 2000 for shard in shards)
+    assert not (tmp_path / "out" / ".prepare").exists()
+
+
+def test_no_shuffle_keeps_the_order(
+    tmp_path: Path, prepare_to: Prepare, tight_memory: None
+) -> None:
+    texts = make_texts(200)
+    first = write_jsonl(tmp_path / "1.jsonl", texts[:90])
+    second = write_jsonl(tmp_path / "2.jsonl", texts[90:])
+    prepare_to(tmp_path / "out", first, second, shuffle=False, shard_tokens=1000)
+    assert texts_in(tmp_path / "out") == texts
+
+
+def test_memory_does_not_change_the_bytes(
+    tmp_path: Path, prepare_to: Prepare, request: pytest.FixtureRequest
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
+    options = {"val_fraction": 0.2, "shard_tokens": 1500}
+    prepare_to(tmp_path / "roomy", source, memory_gb=8.0, **options)
+    request.getfixturevalue("tight_memory")
+    prepare_to(tmp_path / "tight", source, memory_gb=0.5, **options)
+    assert folder_bytes(tmp_path / "roomy") == folder_bytes(tmp_path / "tight")
+
+
+def test_kind_and_split_of_files_do_not_change_the_tokens(
+    tmp_path: Path, prepare_to: Prepare
+) -> None:
+    texts = make_texts(60)
+    one = write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "1.jsonl", texts[:20])
+    pq.write_table(pa.table({"text": texts[20:]}), tmp_path / "folder" / "2.parquet")
+    a = prepare_to(tmp_path / "one", one).splits
+    b = prepare_to(tmp_path / "two", tmp_path / "folder").splits
+    assert a == b
+
+
+def test_seeds_give_other_orders(tmp_path: Path, prepare_to: Prepare) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    prepare_to(tmp_path / "1", source, seed=1)
+    prepare_to(tmp_path / "2", source, seed=2)
+    one, two = texts_in(tmp_path / "1"), texts_in(tmp_path / "2")
+    assert one != two and sorted(one) == sorted(two)
+
+
+def test_validation_split_is_a_fraction_and_keeps_twins_together(
+    tmp_path: Path, prepare_to: Prepare
+) -> None:
+    texts = make_texts(1000, max_words=3)
+    source = write_jsonl(tmp_path / "a.jsonl", texts + texts)
+    prepare_to(tmp_path / "out", source, val_fraction=0.1)
+    train, val = texts_in(tmp_path / "out"), texts_in(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts + texts)
+    assert not set(train) & set(val)
+    assert 60 < len(set(val)) < 140  # standard deviation 9.5
+
+
+def test_the_shuffle_of_what_remains_does_not_depend_on_the_split(
+    tmp_path: Path, prepare_to: Prepare
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(100))
+    prepare_to(tmp_path / "all", source)
+    prepare_to(tmp_path / "part", source, val_fraction=0.3)
+    rest = set(texts_in(tmp_path / "part"))
+    assert texts_in(tmp_path / "part") == [t for t in texts_in(tmp_path / "all") if t in rest]
+
+
+def test_prompts_carry_no_loss(tmp_path: Path, prepare_to: Prepare, tokenizer: Path) -> None:
+    rows = [
+        {"prompt": "where runs the river?", "completion": " to sea"},
+        {"prompt": "", "completion": "the hill"},
+        {"prompt": "one stone", "completion": ""},
+        {"prompt": "", "completion": ""},
+        {"text": "snow lies"},
+    ]
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row in rows))
+    manifest = prepare_to(tmp_path / "out", source, shuffle=False, prepend_bos=True)
+    assert manifest.num_empty == 1 and manifest.num_documents == 4
+    bpe = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    loss_from = np.load(tmp_path / "out" / "train" / "00000.loss_from.npy")
+    prompts = [len(bpe.encode(rows[index]["prompt"]).ids) for index in (0, 2)]
+    assert loss_from.tolist() == [1 + prompts[0], 0, 1 + prompts[1], 0]
+    dataset = TokenDataset.open(tmp_path / "out")
+    assert dataset.has_prompts
+    text = bpe.decode(dataset.document(0).tolist(), skip_special_tokens=False)
+    assert text == "<bos>where runs the river? to sea<eos>"
+
+
+def test_special_tokens_in_a_text_stay_text(tmp_path: Path, prepare_to: Prepare) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["one<eos>two"])
+    prepare_to(tmp_path / "text", source)
+    prepare_to(tmp_path / "token", source, parse_special_tokens=True, append_eos=False)
+    assert texts_in(tmp_path / "text") == ["one<eos>two"]
+    assert np.sum(TokenDataset.open(tmp_path / "text").document(0) == EOS) == 1
+    assert EOS in TokenDataset.open(tmp_path / "token").document(0)[:-1]
+
+
+def test_a_document_longer_than_a_shard_has_its_own(
+    tmp_path: Path, prepare_to: Prepare, tight_memory: None
+) -> None:
+    texts = ["stone", "snow " * 5000, "river"]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare_to(tmp_path / "out", source, shard_tokens=100, shuffle=False)
+    assert [shard.num_documents for shard in manifest.splits["train"].shards] == [1, 1, 1]
+    assert texts_in(tmp_path / "out") == texts
+
+
+def test_a_finished_folder_is_left_alone(tmp_path: Path, prepare_to: Prepare) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
+    first = prepare_to(tmp_path / "out", source)
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert prepare_to(tmp_path / "out", source, memory_gb=2.0) == first
+    assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_dying_at_any_commit_changes_nothing(
+    tmp_path: Path, prepare_to: Prepare, tight_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(400))
+    options = {"val_fraction": 0.2, "shard_tokens": 900}
+    prepare_to(tmp_path / "whole", source, **options)
+
+    replace = manifest_file.os.replace
+    rng = random.Random(0)
+
+    def die_now_and_then(*arguments: object) -> None:
+        if rng.random() < 0.15:
+            raise Killed
+        replace(*arguments)
+        if rng.random() < 0.15:
+            raise Killed
+
+    monkeypatch.setattr(manifest_file.os, "replace", die_now_and_then)
+    deaths = 0
+    while True:
+        try:
+            prepare_to(tmp_path / "broken", source, **options)
+            break
+        except Killed:
+            deaths += 1
+            assert deaths < 500, "no progress is kept"
+    assert deaths > 10
+    assert folder_bytes(tmp_path / "broken") == folder_bytes(tmp_path / "whole")
+
+
+CHILD = """
+import json, os, signal, sys, time
+from pathlib import Path
+from strata.data import prepare as room
+room.plan_memory = lambda memory_gb: room.MemoryPlan(
+    batch_bytes=2_000, max_document_bytes=100_000, run_bytes=10_000, range_bytes=20_000
+)
+source, tokenizer = map(Path, sys.argv[1:])
+config = room.PrepareConfig(val_fraction=0.1, shard_tokens=4_000)
+for line in sys.stdin:
+    kill_after_s, out = json.loads(line)
+    started_s = time.monotonic()
+    process = os.fork()  # imports are done: whoever is killed is killed at work
+    if process == 0:
+        room.prepare([source], out=Path(out), tokenizer=tokenizer, config=config)
+        os._exit(0)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(process, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    print(json.dumps([code, time.monotonic() - started_s]), flush=True)
+"""
+
+
+def test_sigkill_at_random_times_changes_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    command = [sys.executable, "-c", CHILD, str(source), str(tokenizer)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+
+        def run(out: Path, kill_after_s: float | None) -> tuple[int, float]:
+            print(json.dumps([kill_after_s, str(out)]), file=parent.stdin, flush=True)
+            code, duration_s = json.loads(parent.stdout.readline())
+            return code, duration_s
+
+        code, duration_s = run(whole, None)
+        assert code == 0
+        rng = random.Random(0)
+        codes = [run(broken, rng.uniform(0, 0.3 * duration_s))[0] for _ in range(10)]
+        assert codes.count(-signal.SIGKILL) >= 3
+        assert run(broken, None)[0] == 0
+        parent.stdin.close()
+    assert folder_bytes(broken) == folder_bytes(whole)
+
+
+def test_a_changed_source_stops_a_resumption(
+    tmp_path: Path, prepare_to: Prepare, tight_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
+
+    def die(*arguments: object, **options: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("strata.data.prepare.SplitWriter", die)
+        with pytest.raises(Killed):
+            prepare_to(tmp_path / "out", source)
+    write_jsonl(source, make_texts(300, seed=1))
+    with pytest.raises(DataError, match="the sources are others or have changed"):
+        prepare_to(tmp_path / "out", source)
+
+
+def test_two_processes_do_not_share_a_folder(
+    tmp_path: Path, prepare_to: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(10))
+
+    def prepare_again(*arguments: object, **options: object) -> None:
+        prepare_to(tmp_path / "out", source)
+
+    monkeypatch.setattr("strata.data.prepare.SplitWriter", prepare_again)
+    with pytest.raises(DataError, match="another process is preparing"):
+        prepare_to(tmp_path / "out", source)
+
+
+def test_command_line_defaults_are_the_configuration() -> None:
+    fields = PrepareConfig.model_fields
+    defaults = dict(
+        zip(
+            prepare_data.__code__.co_varnames[3 : prepare_data.__code__.co_argcount],
+            prepare_data.__defaults__ or (),
+            strict=True,
+        )
+    )
+    assert defaults.pop("paragraphs") is False and fields["txt_documents"].default == "file"
+    assert defaults.pop("as_json") is False
+    for name, default in defaults.items():
+        assert fields[name].default == default, name
