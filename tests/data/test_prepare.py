@@ -256,7 +256,7 @@ def test_a_changed_source_stops_a_resumption(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("strata.data.prepare.SplitWriter", die)
+        patch.setattr("strata.data.passes.SplitWriter", die)
         with pytest.raises(Killed):
             prepare_to(tmp_path / "out", source)
     write_jsonl(source, make_texts(300, seed=1))
@@ -272,7 +272,7 @@ def test_two_processes_do_not_share_a_folder(
     def prepare_again(*arguments: object, **options: object) -> None:
         prepare_to(tmp_path / "out", source)
 
-    monkeypatch.setattr("strata.data.prepare.SplitWriter", prepare_again)
+    monkeypatch.setattr("strata.data.passes.SplitWriter", prepare_again)
     with pytest.raises(DataError, match="another process is preparing"):
         prepare_to(tmp_path / "out", source)
 

@@ -18,9 +18,7 @@ from strata.train.optim import RowOptimizer
 
 WIDTH = 32
 N, HEADS, TOP_K = 8, 2, 4
-CONFIG = MemoryLayerConfig(
-    layers=(0,), num_heads=HEADS, top_k=TOP_K, num_half_keys=128, key_dim=16
-)
+CONFIG = MemoryLayerConfig(layers=(0,), num_heads=HEADS, top_k=TOP_K, num_half_keys=128, key_dim=16)
 LIMIT_BYTES = CONFIG.num_rows * WIDTH // 2  # an eighth of an fp32 table
 
 
@@ -93,11 +91,7 @@ def test_picked_rows_are_not_gathered(kind: str) -> None:
         layers=(0,), kind=kind, gate="none", num_heads=4, top_k=16, num_half_keys=16, key_dim=16
     )
     tables = [ValueTable(config.num_rows, d) for _ in range(2)]
-    layer = (
-        PEER(d, config, *tables)
-        if kind == "peer"
-        else ProductKeyMemory(d, config, tables[0])
-    )
+    layer = PEER(d, config, *tables) if kind == "peer" else ProductKeyMemory(d, config, tables[0])
     for table in tables:
         table.queued = True
     hidden = torch.randn(n, d, requires_grad=True)

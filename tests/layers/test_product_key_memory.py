@@ -327,7 +327,7 @@ def test_initial_scores_have_unit_deviation() -> None:
 
 
 def test_initial_values() -> None:
-    """Values N(0, 1/sqrt(v)), keys U(+-1/sqrt(key_dim)), projections N(0, 1/sqrt(in)), gates shut."""
+    """Values N(0, 1/sqrt(v)), keys U(+-1/sqrt(key_dim)), projections N(0, 1/sqrt(in))."""
     config = MemoryLayerConfig(
         layers=(0,), num_half_keys=32, top_k=4, key_dim=64, value_dim=100, scalar_gate="sigmoid"
     )

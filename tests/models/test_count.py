@@ -110,9 +110,21 @@ NORMS = 2 * (KEY // 2)
     [
         # Memory+: gate and output projection of D x D
         ({}, KEYS + NORMS + 2 * D * D, KEYS + 2 * D * D + 8 * D, 8 * D, M * M * D),
-        ({"share_values": False}, KEYS + NORMS + 2 * D * D, KEYS + 2 * D * D + 8 * D, 8 * D, 512 * D),
+        (
+            {"share_values": False},
+            KEYS + NORMS + 2 * D * D,
+            KEYS + 2 * D * D + 8 * D,
+            8 * D,
+            512 * D,
+        ),
         ({"gate": "none"}, KEYS + NORMS, KEYS + 8 * D, 8 * D, M * M * D),
-        ({"gate": "none", "value_dim": 20}, KEYS + NORMS + 20 * D, KEYS + 20 * D + 160, 160, 256 * 20),
+        (
+            {"gate": "none", "value_dim": 20},
+            KEYS + NORMS + 20 * D,
+            KEYS + 20 * D + 160,
+            160,
+            256 * 20,
+        ),
         ({"kind": "peer", "gate": "none"}, KEYS + NORMS, KEYS + 16 * D, 16 * D, 2 * 256 * D),
     ],
     ids=["memory+", "own tables", "no gate", "other width", "peer"],

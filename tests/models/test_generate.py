@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest, build_tiny: Build) -> PreTrainedModel:
     return build_tiny(request.param).eval().requires_grad_(False)
 
 
-# "offloaded" caches copy between devices and need an accelerator; quantized ones need quanto or hqq.
+# Offloaded caches copy between devices and need an accelerator.
 @pytest.mark.parametrize("cache", [None, "dynamic", "static"])
 def test_caches(model: PreTrainedModel, cache: str | None) -> None:
     """More tokens than the window: the sliding layers forget, the logits must not notice."""
@@ -53,6 +53,13 @@ def test_caches(model: PreTrainedModel, cache: str | None) -> None:
     truth = greedy_without_cache(model, prompt())
     assert torch.equal(found, truth)
     assert len(found[:, PROMPT_TOKENS:].unique()) > 2
+
+
+def test_a_quantized_cache(build_tiny: Build) -> None:
+    """Two to eight bits a number: other text than without, but text."""
+    pytest.importorskip("optimum.quanto")
+    model = build_tiny().eval()
+    assert greedy(model, prompt(), cache_implementation="quantized").shape[1] > PROMPT_TOKENS
 
 
 def test_steps_with_a_cache_give_the_logits_of_the_whole(model: PreTrainedModel) -> None:

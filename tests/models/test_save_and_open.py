@@ -300,7 +300,9 @@ class TestInstall:
         plain = build(tiny_model_config(), None)
         plain.save_pretrained(tmp_path / "plain")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-        assert strata.install(model, MemoryLayerConfig(layers=(1,), num_half_keys=8, top_k=4)) is model
+        assert (
+            strata.install(model, MemoryLayerConfig(layers=(1,), num_half_keys=8, top_k=4)) is model
+        )
         assert type(model).__name__ == "StrataLlamaForCausalLM"
         model.save_pretrained(tmp_path / "with")
         assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path / "with"))

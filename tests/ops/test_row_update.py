@@ -102,9 +102,7 @@ def test_several_steps_of_several_layers(
     sizes=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=3),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(
-    algorithm: str, r: int, v: int, sizes: list[tuple[int, int]], seed: int
-) -> None:
+def test_any_shape(algorithm: str, r: int, v: int, sizes: list[tuple[int, int]], seed: int) -> None:
     torch.manual_seed(seed)
     values = torch.randn(r, v, dtype=torch.float64)
     truth = DenseRows(values, algorithm)
@@ -119,7 +117,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("algorithm", ["adam", "sgd"])
 def test_equals_torch_where_every_row_is_read(algorithm: str) -> None:
-    """With all rows in each step, laziness makes no difference: torch's optimizers are the truth."""
+    """With all rows in each step laziness makes no difference: torch's optimizers are the truth."""
     r, v = 5, 6
     values = torch.randn(r, v)
     parameter = torch.nn.Parameter(values.clone())

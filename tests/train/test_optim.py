@@ -126,7 +126,7 @@ class TestStep:
         assert torch.equal(table.weight, before)
 
     def test_every_backward_pass_queues_until_zero_grad(self) -> None:
-        """`torch.autograd.grad(loss, inputs)` too: torch does not tell an operator what is asked."""
+        """`torch.autograd.grad(loss, inputs)` too: an operator is not told what is asked for."""
         table = make_table()
         optimizer = RowOptimizer([table], lr=0.1)
         weights = torch.rand(2, 3, requires_grad=True)

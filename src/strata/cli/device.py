@@ -23,11 +23,9 @@ def open_model(
     """
     target = pick_device(device)  # first: a wrong device should not wait for a large model
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from strata.models import load
 
-    transformers_logging.disable_progress_bar()
     try:
         model, tokenizer = load(folder)
     except OSError as error:

@@ -41,6 +41,9 @@ def main() -> None:
 
     Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # we show our own
     try:
         app()
     except StrataError as error:

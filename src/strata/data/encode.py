@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,22 +93,24 @@ class TextEncoder:
         """Encode a batch; a document that yields no tokens counts as empty."""
         texts = self._encode_all([document.text for document in batch.documents])
         prompts = self._encode_all([document.prompt for document in batch.documents])
-        pieces, lengths, loss_from, is_val = [], [], [], []
+        flat = array("I")
+        lengths, loss_from, is_val = [], [], []
         for document, prompt, text in zip(batch.documents, prompts, texts, strict=True):
             if not prompt and not text and not self.suffix:
                 continue
-            ids = [*self.prefix, *prompt, *text, *self.suffix]
-            pieces.append(np.array(ids, self.dtype))
-            lengths.append(len(ids))
+            start = len(flat)
+            for ids in (self.prefix, prompt, text, self.suffix):
+                flat.extend(ids)
+            lengths.append(len(flat) - start)
             loss_from.append(len(self.prefix) + len(prompt) if document.prompt else 0)
             is_val.append(self._is_val(document))
         documents = Documents(
-            tokens=np.concatenate(pieces) if pieces else np.empty(0, self.dtype),
+            tokens=np.array(flat, self.dtype),
             lengths=np.array(lengths, np.int64),
             loss_from=np.array(loss_from, np.int32),
             is_val=np.array(is_val, bool),
         )
-        num_empty = batch.num_empty + len(batch.documents) - len(pieces)
+        num_empty = batch.num_empty + len(batch.documents) - len(lengths)
         return EncodedBatch(documents, batch.end, num_empty, batch.bytes_read)
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:

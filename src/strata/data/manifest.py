@@ -126,6 +126,29 @@ def read_manifest(folder: Path) -> TokenManifest:
         raise DataError(f"{path} is damaged: {where}: {first['msg']}: prepare it again") from None
 
 
+def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> None:
+    """Refuse to touch a folder that was made from other arguments or sources.
+
+    Raises:
+        DataError: they differ; the line says in what.
+    """
+    differing = []
+    for name in PreparedFrom.model_fields:
+        old, new = getattr(there, name), getattr(given, name)
+        if old != new:
+            if name == "sources":
+                differing.append("the sources are others or have changed")
+            elif name == "tokenizer_sha256":
+                differing.append("the tokenizer is another")
+            else:
+                differing.append(f"{name} was {old!r}, now {new!r}")
+    if differing:
+        raise DataError(
+            f"{out} was prepared with other arguments ({'; '.join(differing)}): "
+            "give another --out or delete it"
+        )
+
+
 def write_json(path: Path, content: FrozenConfig) -> None:
     """Write a model as JSON so that the file is either the old one or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")

@@ -7,6 +7,7 @@ upgrade would break exact resumption. So every order in this room is "sort by a 
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -51,6 +52,10 @@ def permutation(count: int, *, seed: int, purpose: str) -> np.ndarray:
 
 def content_fraction(content: bytes, *, seed: int, purpose: str) -> float:
     """Hash content to [0, 1): equal documents get equal numbers, wherever they stand."""
-    key = hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=16).digest()
-    digest = hashlib.blake2b(content, digest_size=8, key=key).digest()
+    digest = hashlib.blake2b(content, digest_size=8, key=_content_key(seed, purpose)).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+@lru_cache(maxsize=16)
+def _content_key(seed: int, purpose: str) -> bytes:
+    return hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=16).digest()

@@ -78,7 +78,8 @@ class DocumentPlan:
         self._dataset = dataset
         self._sequence_tokens = sequence_tokens
         lengths = dataset.document_lengths()
-        _warn_of_cut(lengths, sequence_tokens)
+        if epoch == 0:  # every loader makes this one first
+            _warn_of_cut(lengths, sequence_tokens)
         self._order = permutation(
             dataset.num_documents, seed=seed, purpose=f"documents of epoch {epoch}"
         )

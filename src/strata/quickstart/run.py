@@ -10,28 +10,28 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from strata.config import dump_yaml, load_config, validate
-from strata.data.facts.factbook import Statement, load_facts, question, training_statements
+from strata.data.facts.factbook import load_facts, question, training_statements
 from strata.data.prepare import PrepareConfig, prepare
 from strata.data.tokenizer import train_tokenizer
 from strata.evals.questions import Question
-from strata.evals.recall import recall
+from strata.evals.recall import RecallResult, recall
 from strata.models import count, load
 from strata.quickstart.answers import pick_examples, written_answers
-from strata.quickstart.report import Contestant, Outcome, Point, print_report, save_plot, write_json
-from strata.train import StepEvent, train
+from strata.quickstart.report import Contestant, Outcome, print_report, save_plot, write_json
+from strata.quickstart.watch import Watch
+from strata.train import train
 from strata.train.recipe import Recipe
 
 KINDS = ("dense", "memory")  # the order of training
-NUM_PROBES = 10  # looks at recall during training, for the plot
 BATCH_SIZE = 128  # questions asked at once
 
 
@@ -57,11 +57,8 @@ def quickstart(
         StrataError: an override is wrong, or something in the folder cannot be used.
     """
     console = console or Console()
-    out = Path(out)
     start_s = time.perf_counter()
-    if (out / "report.json").exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = fresh_folder(Path(out))
     recipe = read_recipe(out, overrides)
 
     console.rule("1/4  Facts about the world's countries")
@@ -90,6 +87,14 @@ def quickstart(
     return outcome
 
 
+def fresh_folder(out: Path) -> Path:
+    """Make the folder, emptied if a finished quickstart is in it."""
+    if (out / "report.json").exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def read_recipe(out: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe of the memory model; a run under way keeps the one it was started with."""
     with resources.as_file(resources.files(__package__) / "recipe.yaml") as path:
@@ -107,8 +112,11 @@ def make_tokens(out: Path, recipe: Recipe) -> tuple[PreTrainedTokenizerBase, lis
     """Write the facts as sentences, train a tokenizer on them, and tokenise them."""
     facts = load_facts()
     asked = [question(fact) for fact in facts]
-    _write_lines(out / "train.jsonl", training_statements(facts))
-    _write_lines(out / "questions.jsonl", asked)
+    _write_lines(out / "train.jsonl", [vars(told) for told in training_statements(facts)])
+    _write_lines(
+        out / "questions.jsonl",
+        [{"prompt": statement.prompt, "answer": statement.completion} for statement in asked],
+    )
     assert recipe.model.host is not None
     if not (out / "tokenizer").exists():
         train_tokenizer(
@@ -138,49 +146,29 @@ def compete(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> Contestant:
-    """Train one of the two models, looking at its recall now and then, and ask it everything."""
+    """Train one of the two models, watching its recall, and ask it everything."""
     changes = {"memory": None} if kind == "dense" else {}
     recipe = _override(recipe, name=kind, run={"dir": str(out / kind)}, **changes)
-    curve = Curve(out / f"{kind}-curve.jsonl")
 
-    def probe(event: StepEvent) -> None:
-        if event.step % max(1, event.num_steps // NUM_PROBES) and event.step != event.num_steps:
-            return
-        seen = recall(event.model, questions, tokenizer=tokenizer, batch_size=BATCH_SIZE)
-        curve.add(Point(step=event.step, loss=event.record["loss"], recall=seen.exact))
-        console.print(f"  step {event.step:>4}  recall {seen.exact:6.1%}", highlight=False)
+    def ask(model: PreTrainedModel) -> RecallResult:
+        return recall(model, questions, tokenizer=tokenizer, batch_size=BATCH_SIZE)
 
-    trained = train(recipe, on_step=probe)
+    with Watch(
+        kind, console=console, ask=lambda model: ask(model).exact, curve=out / f"{kind}-curve.jsonl"
+    ) as watch:
+        trained = train(recipe, on_step=watch.on_step, progress=False)
     if trained.model_dir is None:
-        raise KeyboardInterrupt
-    model, tokenizer = load(trained.model_dir)
+        console.print(f"{trained.stopped_by}: saved, run the same command to go on")
+        raise SystemExit(0 if trained.stopped_by == "SIGTERM" else 130)
+    model, _ = load(trained.model_dir)
     return Contestant(
         kind=kind,
         steps=trained.steps,
         tokens_per_s=trained.tokens_per_s or 0.0,
         counts=count(model, sequence_tokens=recipe.data.sequence_tokens),
-        recall=recall(model, questions, tokenizer=tokenizer, batch_size=BATCH_SIZE),
-        curve=curve.points(),
+        recall=ask(model),
+        curve=watch.points(),
     )
-
-
-class Curve:
-    """Recall over steps, kept in a file so that an interrupted run does not lose it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def add(self, point: Point) -> None:
-        """Append a point; points a resumed run passes again are replaced."""
-        points = [kept for kept in self.points() if kept.step < point.step]
-        lines = [json.dumps(vars(p)) + "\n" for p in [*points, point]]
-        self.path.write_text("".join(lines), encoding="utf-8")
-
-    def points(self) -> list[Point]:
-        """All points so far, by step."""
-        if not self.path.exists():
-            return []
-        return [Point(**json.loads(line)) for line in self.path.read_text("utf-8").splitlines()]
 
 
 def faster_precision() -> str:
@@ -208,6 +196,6 @@ def _override(recipe: Recipe, **changes: object) -> Recipe:
     return validate(Recipe, tree, origin="quickstart recipe")
 
 
-def _write_lines(path: Path, statements: Sequence[Statement]) -> None:
-    lines = [json.dumps(vars(s), ensure_ascii=False) + "\n" for s in statements]
+def _write_lines(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")

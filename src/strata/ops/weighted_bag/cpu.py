@@ -21,6 +21,7 @@ _LONG_RUN = 256  # uses of one row added up in one go
 
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """See `reference.bag_forward`."""
+    _check_rows(values_rv, rows_np)
     if not _supported(values_rv, rows_np):
         return reference.bag_forward(values_rv, rows_np, weights_np)
     weights_np = weights_np.to(values_rv.dtype)
@@ -29,6 +30,7 @@ def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tenso
 
 def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     """See `reference.bag_dots`."""
+    _check_rows(values_rv, rows_np)
     if not _supported(values_rv, rows_np):
         return reference.bag_dots(values_rv, rows_np, vectors_nv)
     n, p = rows_np.shape
@@ -73,6 +75,16 @@ def row_gradients(
     if len(run_s) > len(rows_u):
         _, grad_sv = row_gradients(run_s[:, None], torch.ones_like(grad_sv[:, :1]), grad_sv)
     return rows_u, grad_sv
+
+
+def _check_rows(values_rv: Tensor, rows_np: Tensor) -> None:
+    """torch's kernel for the dots reads whatever lies at a wrong index."""
+    if rows_np.numel() == 0:
+        return
+    low, high = (int(bound) for bound in rows_np.aminmax())
+    if low < 0 or high >= len(values_rv):
+        wrong = low if low < 0 else high
+        raise IndexError(f"row {wrong} is not in the table: 0..{len(values_rv) - 1} are")
 
 
 def _supported(values_rv: Tensor, rows_np: Tensor) -> bool:

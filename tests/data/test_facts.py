@@ -1,0 +1,94 @@
+"""The facts that come with strata, and how they were extracted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from strata.data.facts.extract import extract, main
+from strata.data.facts.factbook import WORDINGS, load_facts, question, training_statements
+
+
+def test_there_are_over_a_thousand_distinct_facts() -> None:
+    facts = load_facts()
+    assert len(facts) >= 1_000
+    assert len({(fact.country, fact.relation) for fact in facts}) == len(facts)
+    assert {fact.relation for fact in facts} == set(WORDINGS)
+
+
+def test_no_question_is_a_training_sentence_or_its_prompt() -> None:
+    facts = load_facts()
+    told = training_statements(facts)
+    prompts = {statement.prompt for statement in told}
+    sentences = {statement.prompt + statement.completion for statement in told}
+    for fact in facts:
+        asked = question(fact)
+        assert asked.prompt not in prompts
+        assert asked.prompt + asked.completion not in sentences
+
+
+def test_every_fact_is_told_in_four_wordings_and_asked_in_the_fifth() -> None:
+    facts = load_facts()
+    told = training_statements(facts)
+    assert len(told) == 4 * len(facts)
+    for fact in facts[::97]:
+        mine = {w.format(country=fact.country) for w in WORDINGS[fact.relation]}
+        seen = {s.prompt for s in told if s.prompt in mine}
+        assert mine - seen == {question(fact).prompt}
+
+
+def test_every_wording_is_trained_for_some_country_and_held_out_for_another() -> None:
+    held_out = {(fact.relation, fact.held_out) for fact in load_facts()}
+    assert held_out == {(relation, w) for relation in WORDINGS for w in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "relation", "answer"),
+    [
+        ("Capital", "name: N'Djamena\netymology: of Arabic origin", "capital", "N'Djamena"),
+        ("Capital", "name: Pristina (Prishtine, Prishtina)", "capital", "Pristina"),
+        (
+            "Elevation",
+            "highest point: Tahat 2,908 m\nlowest point: x -40 m",
+            "highest point",
+            "Tahat",
+        ),
+        ("Exchange rates", "Currency: yen (JPY) per US dollar -\n2024: 151", "currency", "yen"),
+        ("National anthem(s)", 'title: "Kassaman" (We Pledge)', "anthem", "Kassaman"),
+        ("Internet country code", ".xk\nnote: temporary", "internet code", ".xk"),
+        ("Independence", "5 July 1962 (from France)", "independence", "5 July 1962"),
+        ("Civil aircraft registration country code prefix", "7T", "aircraft prefix", "7T"),
+    ],
+)
+def test_extraction_reads_each_field(field: str, text: str, relation: str, answer: str) -> None:
+    facts = extract([{"country": "X", "field": field, "text": text}])
+    assert facts == [{"country": "X", "relation": relation, "answer": answer}]
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("Capital", "name: none"),
+        ("Elevation", "highest point: unnamed location 3 m"),
+        ("Internet country code", "metropolitan France - .fr; Guadeloupe - .gp"),
+        ("Independence", "no official date of independence: 486"),
+        ("Terrain", "mostly high plateau"),
+    ],
+)
+def test_extraction_leaves_out_what_has_no_short_answer(field: str, text: str) -> None:
+    assert extract([{"country": "X", "field": field, "text": text}]) == []
+
+
+def test_the_extraction_command_writes_sorted_json_lines(tmp_path: Path) -> None:
+    rows = [
+        {"country": "B", "field": "Capital", "text": "name: Bee"},
+        {"country": "A", "field": "Capital", "text": "name: Ay"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    main(str(tmp_path / "in.parquet"), str(tmp_path / "out.jsonl"))
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == ["Ay", "Bee"]
