@@ -323,7 +323,7 @@ def test_initial_scores_have_unit_deviation() -> None:
             layer.keys.query(torch.randn(500, 256)).unflatten(-1, (4, 2, 64))
         )
         half = torch.einsum("nhsd,hsmd->nhsm", query, layer.keys.key_norm(layer.keys.half_keys))
-        assert float(half.std()) == pytest.approx(1.0, abs=0.1)
+        assert half.std().item() == pytest.approx(1.0, abs=0.1)
 
 
 def test_initial_values() -> None:

@@ -263,6 +263,21 @@ class TestTheFolder:
         assert again.lm_head.weight is again.model.embed_tokens.weight
         assert_same_weights(model, again)
 
+    def test_resized_embeddings(
+        self, build_tiny: Callable[..., PreTrainedModel], tmp_path: Path
+    ) -> None:
+        """The sealed vocabulary size is the one of the moment."""
+        model = build_tiny()
+        model.resize_token_embeddings(VOCAB + 4)
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert again.config.vocab_size == VOCAB + 4
+        assert_same_weights(model, again)
+
+    def test_with_a_device_map(self, folder: Path) -> None:
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        assert_same_weights(plain, AutoModelForCausalLM.from_pretrained(folder, device_map="cpu"))
+
     def test_from_config_builds_it_with_memory(self, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         assert len(list(memory_layers(model))) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +188,14 @@ class TestSeveralModels:
             weights_of(model)["model.memory_values.0.weight"],
             before["model.memory_values.0.weight"],
         )
+
+    def test_a_pickled_model_is_a_copy(self, build_tiny: Build) -> None:
+        """As it is sent to another process; saving is `save_pretrained`'s business."""
+        model = build_tiny()
+        twin = pickle.loads(pickle.dumps(model))
+        (mine,), (its,) = (list(value_tables(m).values()) for m in (model, twin))
+        assert its.queue.number != mine.queue.number and not its.queued
+        assert torch.equal(twin(**batch()).logits, model(**batch()).logits)
 
     def test_layers_of_a_copy_read_the_copys_table(self, build_tiny: Build) -> None:
         twin = copy.deepcopy(build_tiny())
