@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tiny_documents import folder_bytes, make_texts, write_jsonl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from strata.data.dataset import TokenDataset
+from strata.data.prepare import PrepareConfig, prepare
 from strata.data.tokenizer import train_tokenizer
 from strata.errors import DataError
 
@@ -36,6 +38,24 @@ def test_transformers_knows_the_special_tokens(auto: PreTrainedTokenizerBase) ->
     assert len(auto) == auto.vocab_size == 320
     assert auto.encode("river") == auto.encode("river", add_special_tokens=False)
     assert auto(["a", "the river"], padding=True)["attention_mask"][0][-1] == 0
+
+
+def test_add_bos_begins_every_text_and_every_prepared_document(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    for name, add_bos in (("with", True), ("without", False)):
+        train_tokenizer([source], out=tmp_path / name, vocab_size=300, add_bos=add_bos)
+        auto = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (auto("the river")["input_ids"][0] == auto.bos_token_id) is add_bos
+        assert auto.decode(auto.encode("the river"), skip_special_tokens=True) == "the river"
+        prepare(
+            [source],
+            out=tmp_path / f"{name}-tokens",
+            tokenizer=tmp_path / name,
+            config=PrepareConfig(),
+        )
+        dataset = TokenDataset.open(tmp_path / f"{name}-tokens", split="train")
+        starts = {int(dataset.document(i)[0]) == auto.bos_token_id for i in range(50)}
+        assert starts == {add_bos}
 
 
 def test_equal_arguments_make_equal_files(tmp_path: Path) -> None:

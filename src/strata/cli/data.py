@@ -29,7 +29,10 @@ def prepare_data(
     ] = False,
     shard_tokens: Annotated[int, typer.Option(help="most tokens of a shard")] = 2**27,
     append_eos: Annotated[bool, typer.Option(help="end each document with <eos>")] = True,
-    prepend_bos: Annotated[bool, typer.Option(help="begin each document with <bos>")] = False,
+    prepend_bos: Annotated[
+        bool | None,
+        typer.Option(help="begin each document with <bos>; default: as the tokenizer does"),
+    ] = None,
     parse_special_tokens: Annotated[
         bool, typer.Option(help='let "<eos>" in a text be that token, not text')
     ] = False,

@@ -23,6 +23,9 @@ def train_tokenizer(
         1.0
     ),
     seed: Annotated[int, typer.Option(help="of the sample")] = 42,
+    add_bos: Annotated[
+        bool, typer.Option("--add-bos", help="let every text begin with <bos>")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer that AutoTokenizer opens."""
@@ -36,6 +39,7 @@ def train_tokenizer(
         txt_documents="paragraph" if paragraphs else "file",
         sample_fraction=sample_fraction,
         seed=seed,
+        add_bos=add_bos,
         progress=not as_json,
     )
     if as_json:

@@ -131,7 +131,7 @@ def load_encoder(
     folder: Path,
     *,
     append_eos: bool,
-    prepend_bos: bool,
+    prepend_bos: bool | None,
     parse_special_tokens: bool,
     val_fraction: float,
     seed: int,
@@ -167,6 +167,8 @@ def load_encoder(
                 f"{folder}/tokenizer_config.json names no {name}: add one, or set {option} to false"
             )
     eos_id, bos_id = ids["eos_token"], ids["bos_token"]
+    if prepend_bos is None:  # documents begin as prompts will
+        prepend_bos = bos_id is not None and tokenizer.encode("").ids[:1] == [bos_id]
     return TextEncoder(
         tokenizer=tokenizer,
         sha256=sha256_of(path),

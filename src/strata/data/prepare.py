@@ -68,7 +68,8 @@ class PrepareConfig(FrozenConfig):
             hash of its content, so equal documents are never on both sides.
         shard_tokens: the most tokens of a shard, but for a single longer document.
         append_eos: end every document with the tokenizer's end-of-text token.
-        prepend_bos: begin every document with its begin-of-text token.
+        prepend_bos: begin every document with the tokenizer's begin-of-text token; None does so
+            where the tokenizer itself begins a text with it, as prompts then begin.
         parse_special_tokens: let "<eos>" in a text become that token; else it stays text.
     """
 
@@ -80,7 +81,7 @@ class PrepareConfig(FrozenConfig):
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     shard_tokens: Annotated[int, Field(ge=1)] = 2**27
     append_eos: bool = True
-    prepend_bos: bool = False
+    prepend_bos: bool | None = None
     parse_special_tokens: bool = False
 
 
@@ -164,7 +165,8 @@ def prepare(
     prepared_from = PreparedFrom(
         sources=tuple(file.entry for file in files),
         tokenizer_sha256=encoder.sha256,
-        **config.model_dump(exclude={"memory_gb"}),
+        prepend_bos=bool(encoder.prefix),
+        **config.model_dump(exclude={"memory_gb", "prepend_bos"}),
     )
     with _storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)

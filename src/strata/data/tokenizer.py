@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from strata.data.order import content_fraction
 from strata.data.progress import ProgressBar
@@ -33,12 +33,14 @@ def train_tokenizer(
     txt_documents: Literal["file", "paragraph"] = "file",
     sample_fraction: float = 1.0,
     seed: int = 42,
+    add_bos: bool = False,
     progress: bool = False,
 ) -> int:
     """Train a byte-level BPE tokenizer and save it for `AutoTokenizer.from_pretrained(out)`.
 
     Any UTF-8 text comes back from its ids exactly. Ids 0, 1 and 2 are `<pad>`, `<bos>` and
-    `<eos>`, which encoding does not add on its own. Equal arguments make equal files.
+    `<eos>`; encoding adds none of them on its own, or `<bos>` with `add_bos`. Equal arguments make
+    equal files.
 
     Args:
         sources: files or folders, as for `prepare`; prompts and completions are both read.
@@ -49,6 +51,8 @@ def train_tokenizer(
         sample_fraction: learn from this share of the documents, chosen by a hash of their content;
             the counting of words takes memory with the size of the sample.
         seed: of that choice.
+        add_bos: let encoding begin a text with `<bos>`, for models whose documents are prepared
+            with `prepend_bos`: prompts then begin as documents do.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -73,6 +77,12 @@ def train_tokenizer(
     tokenizer = _train(texts, vocab_size=vocab_size, progress=progress)
     if not texts.num_documents:
         raise DataError(f"no text in {files[0].path}: every record is empty, or there are none")
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A",
+            pair=f"{BOS} $A {BOS} $B",
+            special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+        )
     _save(tokenizer, out)
     return tokenizer.get_vocab_size(with_added_tokens=True)
 
