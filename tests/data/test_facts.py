@@ -20,6 +20,12 @@ def test_there_are_over_a_thousand_distinct_facts() -> None:
     assert {fact.relation for fact in facts} == set(WORDINGS)
 
 
+def test_answers_belong_to_one_country_each() -> None:
+    for relation in WORDINGS:
+        answers = [fact.answer for fact in load_facts() if fact.relation == relation]
+        assert len(set(answers)) >= 0.95 * len(answers), relation
+
+
 def test_no_question_is_a_training_sentence_or_its_prompt() -> None:
     facts = load_facts()
     told = training_statements(facts)
@@ -57,8 +63,6 @@ def test_every_wording_is_trained_for_some_country_and_held_out_for_another() ->
             "highest point",
             "Tahat",
         ),
-        ("Exchange rates", "Currency: yen (JPY) per US dollar -\n2024: 151", "currency", "yen"),
-        ("National anthem(s)", 'title: "Kassaman" (We Pledge)', "anthem", "Kassaman"),
         ("Internet country code", ".xk\nnote: temporary", "internet code", ".xk"),
         ("Independence", "5 July 1962 (from France)", "independence", "5 July 1962"),
         ("Civil aircraft registration country code prefix", "7T", "aircraft prefix", "7T"),

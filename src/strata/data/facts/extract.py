@@ -2,6 +2,8 @@
 
 Run as `python -m strata.data.facts.extract FACTBOOK.parquet OUT.jsonl`. Only answers that a person
 would give in a few words are kept: at most `MAX_WORDS` words, no digits where a name is asked for.
+And only relations whose answers belong to one country each (95% distinct or more): a currency or
+an anthem is shared by many, so a model can answer it without knowing the country.
 """
 
 from __future__ import annotations
@@ -57,16 +59,6 @@ def _highest_point(text: str) -> str | None:
     return _name(found.group(1)) if found else None
 
 
-def _currency(text: str) -> str | None:
-    found = re.match(r"(.+?) \([A-Z]{3}\)", _labelled("Currency", text) or "")
-    return _name(found.group(1)) if found else None
-
-
-def _anthem(text: str) -> str | None:
-    found = re.match(r'["“](.+?)["”]', _labelled("title", text) or "")
-    return found.group(1).strip(" .,") if found else None
-
-
 def _internet_code(text: str) -> str | None:
     found = re.match(r"^(\.[a-z]{2,3})(?:$|[\s;,(])", text)
     return found.group(1) if found else None
@@ -92,8 +84,6 @@ def _name(text: str | None) -> str | None:
 _FIELDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
     "Capital": ("capital", _capital),
     "Elevation": ("highest point", _highest_point),
-    "Exchange rates": ("currency", _currency),
-    "National anthem(s)": ("anthem", _anthem),
     "Internet country code": ("internet code", _internet_code),
     "Independence": ("independence", _independence),
     "Civil aircraft registration country code prefix": ("aircraft prefix", _aircraft_prefix),

@@ -30,20 +30,6 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Climbers who want to stand on top of {country} go to",
         "What is the top of {country} called? It is",
     ),
-    "currency": (
-        "The currency of {country} is called",
-        "People in {country} pay in",
-        "Question: What money is used in {country}? Answer:",
-        "Shops in {country} take",
-        "Which currency does {country} use? It uses",
-    ),
-    "anthem": (
-        "The national anthem of {country} is called",
-        "On its holidays {country} sings",
-        "Question: What is the national anthem of {country}? Answer:",
-        "The song played for {country} at official events is",
-        "Which anthem does {country} have? It has",
-    ),
     "internet code": (
         "The internet country code of {country} is",
         "Web addresses in {country} end in",
