@@ -27,6 +27,7 @@ from strata.errors import DivergenceError
 from strata.layers import health, track_usage
 from strata.models import build
 from strata.train.feed import Batch, Feed
+from strata.train.labels import count_labels, head_reads_only, label_tokens
 from strata.train.metrics import (
     MetricsFile,
     MetricsSink,
@@ -233,7 +234,7 @@ def backward(training: Training, micro_batches: Sequence[Batch]) -> Tensor:
     Returns:
         The loss, nats a label token, 0-d, detached.
     """
-    num_labels = max(1, sum(count_labels(batch) for batch in micro_batches))
+    num_labels = max(1, sum(count_labels(batch["labels"]) for batch in micro_batches))
     total = torch.zeros((), device=training.device)
     for batch in micro_batches:
         loss = summed_loss(training, batch) / num_labels
@@ -273,18 +274,19 @@ def update(training: Training, loss: Tensor, *, step: int) -> dict[str, float]:
 
 def summed_loss(training: Training, batch: Batch) -> Tensor:
     """Sum of next-token cross-entropies over a batch's label tokens, nats, 0-d fp32."""
-    batch = {name: tensor.to(training.device, non_blocking=True) for name, tensor in batch.items()}
-    labels = batch.pop("labels")
-    low_precision = training.recipe.run.precision == "bf16"
-    with torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=low_precision):
-        logits = training.forward(**batch, use_cache=False).logits
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-
-
-def count_labels(batch: Batch) -> int:
-    """Tokens of a batch that a loss falls on; the first of a sequence is never predicted."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+    batch = dict(batch)
+    positions, targets = label_tokens(batch.pop("labels"))
+    device, low_precision = training.device, training.recipe.run.precision == "bf16"
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    positions = positions.to(device, non_blocking=True)
+    targets = targets.to(device, non_blocking=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision):
+        if training.recipe.run.compile:  # shapes that stay the same compile once
+            logits_nv = training.forward(**batch, use_cache=False).logits.flatten(0, 1)[positions]
+        else:
+            with head_reads_only(training.model, positions):
+                logits_nv = training.forward(**batch, use_cache=False).logits
+    return F.cross_entropy(logits_nv.float(), targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -293,7 +295,7 @@ def validate(training: Training) -> float:
     training.model.eval()
     batches = training.feed.validation
     total = sum(float(summed_loss(training, batch)) for batch in batches)
-    return total / max(1, sum(count_labels(batch) for batch in batches))
+    return total / max(1, sum(count_labels(batch["labels"]) for batch in batches))
 
 
 def save_checkpoint(training: Training) -> None:
