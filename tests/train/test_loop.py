@@ -273,7 +273,7 @@ def test_compiled_training_equals_eager(tiny_recipe: MakeRecipe, tmp_path: Path)
             "has 320 tokens but the model's vocab_size is 100",
         ),
         ("data.dir=/nowhere", DataError, "no prepared data at /nowhere"),
-        ("run.device=cuda:7", ConfigError, "run.device is cuda:7 but torch sees"),
+        ("run.device=cuda:7", ConfigError, "no device 'cuda:7' here"),
     ],
 )
 def test_refuses_what_does_not_fit(

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
+from strata.device import pick_device
 from strata.errors import DivergenceError
 from strata.layers import health, track_usage
 from strata.models import build
@@ -38,7 +39,7 @@ from strata.train.metrics import (
 )
 from strata.train.optim import RowOptimizer, optimizers
 from strata.train.recipe import Recipe
-from strata.train.run import RunFolder, StopRequest, pick_device
+from strata.train.run import RunFolder, StopRequest, require_one_process
 from strata.train.schedule import learning_rate_factor
 from strata.train.state import DENSE, VALUES, Optimizers, optimizer_numbers, restore, tensor_groups
 
@@ -137,6 +138,7 @@ def train(
         StorageError: the disk is full.
     """
     run = recipe.run
+    require_one_process()
     device = pick_device(run.device)
     if run.threads is not None:
         torch.set_num_threads(run.threads)

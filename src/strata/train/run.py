@@ -16,7 +16,6 @@ import threading
 from types import FrameType
 from typing import IO, Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from strata.config import dump_yaml, validate
@@ -146,26 +145,18 @@ class StopRequest:
         self._previous = {}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device a recipe names.
+def require_one_process() -> None:
+    """Refuse to be one of several processes, which would all write the same run folder.
 
     Raises:
-        ConfigError: there is no such device, or this is one of several processes.
+        ConfigError: WORLD_SIZE says that there are more.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
         raise ConfigError(
-            f"strata train runs in one process, this is one of {os.environ['WORLD_SIZE']}: "
+            f"strata train runs in one process, this is one of {world_size}: "
             "start it without torchrun"
         )
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"run.device is {name} but torch sees {torch.cuda.device_count()} GPUs: "
-            "choose another or auto"
-        )
-    return device
 
 
 def _stored_recipe(checkpoint: Checkpoint) -> Recipe:
