@@ -8,13 +8,14 @@ This room imports nothing else of strata.
 """
 
 from strata.ops.product_key_topk import product_key_topk
-from strata.ops.row_update import RowGradients, Use, reduce_uses, row_update
+from strata.ops.row_update import RowGradients, Use, collect_uses, reduce_uses, row_update
 from strata.ops.weighted_bag import UseQueue, row_dots, weighted_bag
 
 __all__ = [
     "RowGradients",
     "Use",
     "UseQueue",
+    "collect_uses",
     "product_key_topk",
     "reduce_uses",
     "row_dots",

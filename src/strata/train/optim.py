@@ -13,8 +13,9 @@ from torch import nn
 
 from strata.config import FrozenConfig
 from strata.layers import ValueTable, value_tables
-from strata.ops import UseQueue, reduce_uses, row_update
-from strata.ops.row_update import new_state
+from strata.ops import UseQueue, collect_uses, row_update
+from strata.ops.row_update import RowGradients, new_state
+from strata.ops.row_update.cpu import QueuedGradients
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -166,13 +167,12 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         taken = [(table, table.queue.take()) for table in self.tables]
-        gradients = [(table, reduce_uses(uses)) for table, uses in taken if uses]
-        norms = [g.norm().to("cpu", torch.float64) for _, g in gradients]
-        self.grad_norm = float(torch.stack(norms).norm()) if norms else 0.0
+        gradients = [(table, collect_uses(uses)) for table, uses in taken if uses]
         self.rows_updated = sum(len(g.rows_u) for _, g in gradients)
         scale = 1.0
-        if self.max_norm is not None and self.grad_norm > self.max_norm:
-            scale = self.max_norm / self.grad_norm
+        if self.max_norm is not None:
+            self.grad_norm = _norm(gradients)
+            scale = min(1.0, self.max_norm / max(self.grad_norm, 1e-30))
         group = self.param_groups[0]
         self._steps += 1
         for number, (table, gradient) in enumerate(gradients):
@@ -188,6 +188,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 rounding=group["rounding"],
                 generator=self._generator(table, number),
             )
+        if self.max_norm is None:
+            self.grad_norm = _norm(gradients)  # on a CPU the update has found it
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -237,6 +239,12 @@ class RowOptimizer(torch.optim.Optimizer):
             return None
         generator = torch.Generator(device=table.weight.device)
         return generator.manual_seed((self._seed * 1_000_003 + self._steps) * 1_009 + number)
+
+
+def _norm(gradients: Sequence[tuple[ValueTable, RowGradients | QueuedGradients]]) -> float:
+    """Euclidean norm over the rows of all tables."""
+    norms = [gradient.norm().to("cpu", torch.float64) for _, gradient in gradients]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _give_back(taken: list[tuple[ValueTable, UseQueue]]) -> None:

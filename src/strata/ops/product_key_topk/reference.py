@@ -11,37 +11,21 @@ from torch import Tensor
 from strata.ops.precision import accumulation_dtype, without_autocast
 
 
-def product_key_topk(query_nhsd: Tensor, keys_hsmd: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
-    """Find the `top_k` rows of a product-key table that score highest for each query.
-
-    Row `i * m + j` has the key (first half-key i, second half-key j), so its score is the sum of
-    two half scores, and only m + m of the m * m scores are ever computed. Scoring and picking run
-    in fp32 (fp64 for fp64 inputs), also under autocast: in bf16 near-ties collapse, and a top-32
-    was seen to hold 27 distinct values.
+def pick_rows(half_scores_nhsm: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Pick the best rows by the sum of their half scores.
 
     Args:
-        query_nhsd: queries, (n, h, 2, d), any float dtype.
-        keys_hsmd: half-key codebooks, (h, 2, m, d), any float dtype.
-        top_k: picks per head, 1..m.
+        half_scores_nhsm: (n, h, 2, m).
+        top_k: 1..m.
 
     Returns:
-        scores_nhk: (n, h, k), fp32, descending, differentiable in queries and keys.
-        rows_nhk: (n, h, k), int64 in 0..m*m-1, distinct within a head.
-
-    Raises:
-        ValueError: shapes do not fit, or top_k is not in 1..m.
-
-    Source: "Large Memory Layers with Product Keys" (arXiv 1907.05242), section 3.1.
+        scores_nhk: the sums, descending, in the dtype of the half scores.
+        rows_nhk: first half-key times m plus second, int64.
     """
-    _check(query_nhsd, keys_hsmd, top_k)
-    half_scores_nhsm = score_halves(query_nhsd, keys_hsmd)
-    with torch.no_grad():
-        halves_nhks = pick_pairs(half_scores_nhsm.detach(), top_k)
-    first_nhk, second_nhk = halves_nhks.unbind(-1)
-    scores_nhk = half_scores_nhsm[:, :, 0].gather(-1, first_nhk) + half_scores_nhsm[:, :, 1].gather(
-        -1, second_nhk
-    )
-    return scores_nhk, first_nhk * keys_hsmd.shape[2] + second_nhk
+    first_nhk, second_nhk = pick_pairs(half_scores_nhsm, top_k).unbind(-1)
+    scores_nhk = half_scores_nhsm[:, :, 0].gather(-1, first_nhk)
+    scores_nhk += half_scores_nhsm[:, :, 1].gather(-1, second_nhk)
+    return scores_nhk, first_nhk * half_scores_nhsm.shape[-1] + second_nhk
 
 
 def score_halves(query_nhsd: Tensor, keys_hsmd: Tensor) -> Tensor:
@@ -96,21 +80,3 @@ def _staircase(top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     starts_k = width_k.cumsum(0) - width_k
     right_p = torch.arange(len(left_p), device=device) - starts_k[left_p]
     return left_p, right_p
-
-
-def _check(query_nhsd: Tensor, keys_hsmd: Tensor, top_k: int) -> None:
-    if query_nhsd.ndim != 4 or keys_hsmd.ndim != 4:
-        raise ValueError(
-            f"queries of shape (n, h, 2, d) and keys of shape (h, 2, m, d) are needed, "
-            f"given {tuple(query_nhsd.shape)} and {tuple(keys_hsmd.shape)}"
-        )
-    _, h, s, d = query_nhsd.shape
-    if keys_hsmd.shape[:2] != (h, s) or keys_hsmd.shape[3] != d or s != 2:
-        raise ValueError(
-            f"heads, halves or widths differ: queries {tuple(query_nhsd.shape)}, "
-            f"keys {tuple(keys_hsmd.shape)}"
-        )
-    if not 1 <= top_k <= keys_hsmd.shape[2]:
-        raise ValueError(
-            f"top_k {top_k} is not in 1..{keys_hsmd.shape[2]} (the half-keys per codebook)"
-        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from strata.ops.weighted_bag.queue import Use
 
 Algorithm = Literal["adagrad", "adam", "sgd"]
 ALGORITHMS: tuple[Algorithm, ...] = ("adagrad", "adam", "sgd")
-Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,16 @@ class RowGradients:
     def norm(self) -> Tensor:
         """Euclidean norm over all rows, a 0-d fp32 tensor."""
         return torch.linalg.vector_norm(self.grad_uv)
+
+
+class HasRowGradients(Protocol):
+    """What an update needs: `RowGradients`, or something that makes them when asked."""
+
+    @property
+    def rows_u(self) -> Tensor: ...
+
+    @property
+    def grad_uv(self) -> Tensor: ...
 
 
 def reduce_uses(uses: Sequence[Use]) -> RowGradients:
@@ -58,6 +67,11 @@ def reduce_uses(uses: Sequence[Use]) -> RowGradients:
     return RowGradients(*row_gradients(rows_u1, torch.ones_like(grad_uv[:, :1]), grad_uv))
 
 
+def unknown_algorithm(name: str) -> str:
+    """What to say about an algorithm that is none."""
+    return f"algorithm {name!r} is not one of {', '.join(ALGORITHMS)}"
+
+
 def new_state(values_rv: Tensor, *, algorithm: Algorithm) -> dict[str, Tensor]:
     """Fresh optimizer state for a table, on its device."""
     r = values_rv.shape[0]
@@ -72,41 +86,23 @@ def new_state(values_rv: Tensor, *, algorithm: Algorithm) -> dict[str, Tensor]:
         return {"exp_avg": zeros(*shape), "exp_avg_sq": zeros(*shape), "steps": zeros(r)}
     if algorithm == "sgd":
         return {}
-    raise ValueError(f"algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+    raise ValueError(unknown_algorithm(algorithm))
 
 
-@torch.no_grad()
 def row_update(
     values_rv: Tensor,
     state: dict[str, Tensor],
-    gradients: RowGradients,
+    gradients: HasRowGradients,
     *,
-    algorithm: Algorithm,
+    algorithm: str,
     lr: float,
-    scale: float = 1.0,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-10,
-    rounding: Rounding = "nearest",
-    generator: torch.Generator | None = None,
+    scale: float,
+    betas: tuple[float, float],
+    eps: float,
+    rounding: str,
+    generator: torch.Generator | None,
 ) -> None:
-    """Update the rows that were read, in place; every other row and its state stay bit-identical.
-
-    Args:
-        values_rv: the table, (r, v), fp32, bf16 or fp64; arithmetic is fp32 (fp64).
-        state: from `new_state`, updated in place.
-        gradients: from `reduce_uses`.
-        algorithm: "adagrad" (row-wise), "adam" (lazy) or "sgd".
-        lr: learning rate.
-        scale: factor on the gradient, as clipping gives it.
-        betas: Adam's decay rates.
-        eps: added to Adagrad's and Adam's root.
-        rounding: how a low-precision table rounds; "stochastic" keeps small updates in expectation
-            (with "nearest", 10% of a bf16 table's entries were seen to move at lr 1e-5).
-        generator: random numbers for stochastic rounding.
-
-    Source: row-wise Adagrad as in Gupta et al. 2014 and DLRM (arXiv 1906.00091); lazy Adam as in
-    torch.optim.SparseAdam, with a step count per row.
-    """
+    """See `strata.ops.row_update`."""
     rows_u, grad_uv = gradients.rows_u, gradients.grad_uv
     if scale != 1.0:
         grad_uv = grad_uv * scale
@@ -116,10 +112,8 @@ def row_update(
         step_uv = grad_uv / (square_sum_u.sqrt() + eps)[:, None]
     elif algorithm == "adam":
         step_uv = _adam_step(state, rows_u, grad_uv, betas=betas, eps=eps)
-    elif algorithm == "sgd":
-        step_uv = grad_uv
     else:
-        raise ValueError(f"algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+        step_uv = grad_uv
     wide_uv = values_rv[rows_u].to(accumulation_dtype(values_rv)) - lr * step_uv
     values_rv[rows_u] = _round(wide_uv, values_rv.dtype, rounding, generator)
 
@@ -145,12 +139,10 @@ def _adam_step(
 
 
 def _round(
-    wide: Tensor, dtype: torch.dtype, rounding: Rounding, generator: torch.Generator | None
+    wide: Tensor, dtype: torch.dtype, rounding: str, generator: torch.Generator | None
 ) -> Tensor:
     if rounding == "nearest" or dtype in (torch.float32, torch.float64):
         return wide.to(dtype)
-    if dtype != torch.bfloat16:
-        raise ValueError(f"stochastic rounding is for bfloat16 tables, this one is {dtype}")
     # bf16 is the upper half of fp32: add a random lower half, then cut it off.
     bits = wide.float().contiguous().view(torch.int32)
     noise = torch.randint(

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import EffectType
+from torch.utils.flop_counter import register_flop_formula
 
 from strata.ops.precision import accumulation_dtype
 from strata.ops.weighted_bag import cpu, reference
 from strata.ops.weighted_bag.queue import Use, UseQueue, queue_of
 
-__all__ = ["Use", "UseQueue", "row_dots", "row_gradients", "weighted_bag"]
+__all__ = ["Use", "UseQueue", "bag_forward", "row_dots", "row_gradients", "weighted_bag"]
+
+Shape = tuple[int, ...]
 
 _NO_QUEUE = -1
 
@@ -68,6 +71,11 @@ def row_dots(
             f"{values_rv.shape[1]}"
         )
     return _dots(values_rv, rows_np, vectors_nv, _number(queue))
+
+
+def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
+    """`weighted_bag` without autograd."""
+    return _implementation(values_rv).bag_forward(values_rv, rows_np, weights_np)
 
 
 def row_gradients(
@@ -199,3 +207,16 @@ def _check(values_rv: Tensor, rows_np: Tensor) -> None:
         )
     if rows_np.dtype != torch.int64:
         raise ValueError(f"rows must be int64, given {rows_np.dtype}")
+
+
+# torch's FLOP counter cannot see into an operator; the table's gradient is the row optimizer's.
+
+
+@register_flop_formula([torch.ops.strata.weighted_bag, torch.ops.strata.row_dots])
+def _flops(values: Shape, rows: Shape, *_: Any, **__: Any) -> int:
+    return 2 * rows[0] * rows[1] * values[1]
+
+
+@register_flop_formula([torch.ops.strata.weighted_bag_backward, torch.ops.strata.row_dots_backward])
+def _backward_flops(_grad_out: Shape, values: Shape, rows: Shape, *_: Any, **__: Any) -> int:
+    return 2 * rows[0] * rows[1] * values[1]

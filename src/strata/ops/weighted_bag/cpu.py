@@ -1,50 +1,61 @@
-"""The weighted bag on a CPU, through torch's own embedding-bag kernels.
+"""The weighted bag on a CPU: loops over rows that never gather them into memory.
 
-Same signatures as `reference.py`. `embedding_bag` sums each bag without gathering its rows into
-memory, and its gradient to the per-sample weights is exactly `bag_dots`. The value gradient is a
-bag again: sort the picks by row, and each run of equal rows is a bag over grad_out. bf16 and fp16
-tables take the reference: torch's kernel would round the weights and the sums to the table's dtype.
+Same signatures as `reference.py`. Each row of the table is asked for a few picks before it is
+needed, so that reading random rows runs at the speed of the memory bus. The value gradient goes
+by a reverse index: the picks sorted by row, each run of equal rows one weighted sum over grad_out.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from strata.ops.kernels import as_array, kernel, prefetch_row, supported, widen
 from strata.ops.precision import accumulation_dtype
+from strata.ops.threads import even_bounds, run_split, weighed_bounds
 from strata.ops.weighted_bag import reference
 
-_SUM = 0  # embedding_bag's mode number
+_AHEAD = 8  # picks between asking for a row and reading it
 _LONG_RUN = 256  # uses of one row added up in one go
 
 
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """See `reference.bag_forward`."""
     _check_rows(values_rv, rows_np)
-    if not _supported(values_rv, rows_np):
+    if not supported(values_rv) or not values_rv.is_contiguous():
         return reference.bag_forward(values_rv, rows_np, weights_np)
-    weights_np = weights_np.to(values_rv.dtype)
-    return F.embedding_bag(rows_np, values_rv, mode="sum", per_sample_weights=weights_np)
+    wide, (n, p) = accumulation_dtype(values_rv), rows_np.shape
+    out_nv = torch.empty(n, values_rv.shape[1], dtype=wide)
+    run_split(
+        _bag,
+        even_bounds(n, bytes_per_item=p * values_rv.shape[1] * values_rv.element_size()),
+        as_array(values_rv),
+        as_array(rows_np.contiguous()),
+        as_array(weights_np.to(wide).contiguous()),
+        as_array(out_nv),
+    )
+    return out_nv
 
 
 def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     """See `reference.bag_dots`."""
     _check_rows(values_rv, rows_np)
-    if not _supported(values_rv, rows_np):
+    if not supported(values_rv) or not values_rv.is_contiguous():
         return reference.bag_dots(values_rv, rows_np, vectors_nv)
-    n, p = rows_np.shape
-    starts_n = torch.arange(n, device=rows_np.device) * p
-    bag_of_pick_q = torch.arange(n, device=rows_np.device).repeat_interleave(p)
-    dots_q = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        vectors_nv.to(values_rv.dtype).contiguous(),
-        values_rv,
-        rows_np.reshape(-1),
-        starts_n,
-        bag_of_pick_q,
-        _SUM,
+    wide, (n, p) = accumulation_dtype(values_rv), rows_np.shape
+    out_np = torch.empty(n, p, dtype=wide)
+    run_split(
+        _dots,
+        even_bounds(n, bytes_per_item=p * values_rv.shape[1] * values_rv.element_size()),
+        as_array(values_rv),
+        as_array(rows_np.contiguous()),
+        as_array(vectors_nv.to(wide).contiguous()),
+        as_array(out_np),
     )
-    return dots_q.view(n, p)
+    return out_np
 
 
 def row_gradients(
@@ -52,33 +63,69 @@ def row_gradients(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.row_gradients`.
 
-    A run of many uses of one hot row is summed in parts, and the parts like a run: one running
-    fp32 sum of 10,000 equal terms was seen to drift by 1e-4, and would keep one core busy alone.
+    A run of many uses of one hot row is summed in parts: one running fp32 sum of 10,000 equal
+    terms was seen to drift by 1e-4.
     """
-    if rows_np.numel() == 0:
+    if not supported(grad_out_nv):
         return reference.row_gradients(rows_np, weights_np, grad_out_nv)
     wide = accumulation_dtype(grad_out_nv)
-    sorted_q, order_q = rows_np.reshape(-1).sort(stable=True)
-    rows_u, counts_u = torch.unique_consecutive(sorted_q, return_counts=True)
-    starts_u = counts_u.cumsum(0) - counts_u
-    parts_u = (counts_u + _LONG_RUN - 1) // _LONG_RUN
-    run_s = torch.arange(len(rows_u), device=rows_np.device).repeat_interleave(parts_u)
-    first_u = parts_u.cumsum(0) - parts_u
-    part_s = torch.arange(len(run_s), device=rows_np.device) - first_u[run_s]
-    grad_sv = F.embedding_bag(
-        order_q // rows_np.shape[1],
-        grad_out_nv.to(wide).contiguous(),
-        starts_u[run_s] + part_s * _LONG_RUN,
-        mode="sum",
-        per_sample_weights=weights_np.reshape(-1)[order_q].to(wide),
+    index = reverse_index(rows_np)
+    grad_uv = torch.empty(len(index.rows_u), grad_out_nv.shape[1], dtype=wide)
+    run_split(
+        _sum_runs,
+        index.bounds(bytes_per_pick=grad_out_nv.shape[1] * grad_uv.element_size()),
+        index.starts,
+        index.order,
+        rows_np.shape[1],
+        as_array(weights_np.to(wide).contiguous()).reshape(-1),
+        as_array(grad_out_nv.to(wide).contiguous()),
+        as_array(grad_uv),
     )
-    if len(run_s) > len(rows_u):
-        _, grad_sv = row_gradients(run_s[:, None], torch.ones_like(grad_sv[:, :1]), grad_sv)
-    return rows_u, grad_sv
+    return torch.from_numpy(index.rows_u), grad_uv
+
+
+@dataclass(frozen=True)
+class ReverseIndex:
+    """Which picks read each row.
+
+    Attributes:
+        rows_u: rows that were read, (u,) int64, ascending, distinct.
+        starts: (u + 1,) int64; the picks of rows_u[i] are order[starts[i]:starts[i + 1]].
+        order: picks (bag times picks-per-bag plus place), sorted by row, earlier bags first.
+    """
+
+    rows_u: np.ndarray
+    starts: np.ndarray
+    order: np.ndarray
+
+    def bounds(self, *, bytes_per_pick: int) -> list[int]:
+        """Ranges of rows with about as many picks each, one a thread."""
+        return weighed_bounds(self.starts, bytes_per_unit=bytes_per_pick)
+
+
+def reverse_index(rows_np: Tensor) -> ReverseIndex:
+    """Sort all picks by row, stably, in time that does not depend on the table's length.
+
+    Raises:
+        IndexError: a row is negative.
+    """
+    rows_q = as_array(rows_np.contiguous()).reshape(-1)
+    if len(rows_q) == 0:
+        nothing = np.empty(0, np.int64)
+        return ReverseIndex(nothing, np.zeros(1, np.int64), nothing)
+    low, high = (int(bound) for bound in rows_np.aminmax())
+    if low < 0:
+        raise IndexError(f"row {low} is negative")
+    keys = np.empty(len(rows_q), np.uint32 if high < 1 << 32 else np.uint64)
+    order = np.empty(len(rows_q), np.uint32 if len(rows_q) < 1 << 32 else np.uint64)
+    _radix_sort(rows_q, max(1, high.bit_length()), keys, order)
+    starts, rows_u = np.empty(len(keys) + 1, np.int64), np.empty(len(keys), np.int64)
+    num_rows = _find_runs(keys, starts, rows_u)
+    return ReverseIndex(rows_u[:num_rows].copy(), starts[: num_rows + 1].copy(), order)
 
 
 def _check_rows(values_rv: Tensor, rows_np: Tensor) -> None:
-    """torch's kernel for the dots reads whatever lies at a wrong index."""
+    """A kernel reads whatever lies at a wrong index."""
     if rows_np.numel() == 0:
         return
     low, high = (int(bound) for bound in rows_np.aminmax())
@@ -87,6 +134,138 @@ def _check_rows(values_rv: Tensor, rows_np: Tensor) -> None:
         raise IndexError(f"row {wrong} is not in the table: 0..{len(values_rv) - 1} are")
 
 
-def _supported(values_rv: Tensor, rows_np: Tensor) -> bool:
-    wide = values_rv.dtype in (torch.float32, torch.float64)
-    return wide and rows_np.numel() > 0 and values_rv.is_contiguous()
+@kernel
+def _bag(values, rows, weights, out, start, stop):  # type: ignore[no-untyped-def]
+    """out[n] = sum_p weights[n, p] * values[rows[n, p]], four rows at a time."""
+    num_picks, width = rows.shape[1], values.shape[1]
+    base, row_bytes = np.uint64(values.ctypes.data), width * values.itemsize
+    flat, end = rows.reshape(-1), stop * num_picks
+    for n in range(start, stop):
+        for pick in range(n * num_picks, min(n * num_picks + _AHEAD, end) if n == start else 0):
+            prefetch_row(base, flat[pick], row_bytes)
+        total = out[n]
+        total[:] = 0
+        whole = num_picks // 4 * 4
+        for p in range(0, whole, 4):
+            first = n * num_picks + p
+            for pick in range(min(first + _AHEAD, end), min(first + _AHEAD + 4, end)):
+                prefetch_row(base, flat[pick], row_bytes)
+            a, b = values[np.uint64(flat[first])], values[np.uint64(flat[first + 1])]
+            c, d = values[np.uint64(flat[first + 2])], values[np.uint64(flat[first + 3])]
+            wa, wb, wc, wd = (
+                weights[n, p],
+                weights[n, p + 1],
+                weights[n, p + 2],
+                weights[n, p + 3],
+            )
+            for j in range(width):
+                total[j] += (wa * widen(a[j]) + wb * widen(b[j])) + (
+                    wc * widen(c[j]) + wd * widen(d[j])
+                )
+        for p in range(whole, num_picks):
+            row, weight = values[np.uint64(rows[n, p])], weights[n, p]
+            for j in range(width):
+                total[j] += weight * widen(row[j])
+
+
+@kernel
+def _dots(values, rows, vectors, out, start, stop):  # type: ignore[no-untyped-def]
+    """out[n, p] = values[rows[n, p]] . vectors[n]."""
+    num_picks, width = rows.shape[1], values.shape[1]
+    base, row_bytes = np.uint64(values.ctypes.data), width * values.itemsize
+    flat, end = rows.reshape(-1), stop * num_picks
+    for n in range(start, stop):
+        vector = vectors[n]
+        for p in range(num_picks):
+            pick = n * num_picks + p
+            if pick + _AHEAD < end:
+                prefetch_row(base, flat[pick + _AHEAD], row_bytes)
+            row = values[np.uint64(flat[pick])]
+            total = out.dtype.type(0)
+            for j in range(width):
+                total += widen(row[j]) * vector[j]
+            out[n, p] = total
+
+
+@kernel
+def _sum_runs(starts, order, num_picks, weights, grad_out, out, start, stop):  # type: ignore[no-untyped-def]
+    """out[u] = sum of weights[q] * grad_out[q // num_picks] over the picks q of row u."""
+    part = np.empty(grad_out.shape[1], out.dtype)
+    for u in range(start, stop):
+        add_run(starts[u], starts[u + 1], order, num_picks, weights, grad_out, part, out[u])
+
+
+@kernel
+def add_run(begin, end, order, num_picks, weights, grad_out, part, total):  # type: ignore[no-untyped-def]
+    """total = sum of the picks order[begin:end]; long runs in parts, through `part`."""
+    if end - begin <= _LONG_RUN:
+        _add_picks(begin, end, order, num_picks, weights, grad_out, total)
+        return
+    total[:] = 0
+    for first in range(begin, end, _LONG_RUN):
+        last = min(first + _LONG_RUN, end)
+        _add_picks(first, last, order, num_picks, weights, grad_out, part)
+        for j in range(len(total)):
+            total[j] += part[j]
+
+
+@kernel
+def _add_picks(begin, end, order, num_picks, weights, grad_out, total):  # type: ignore[no-untyped-def]
+    weight, row = weights[order[begin]], grad_out[np.uint64(order[begin]) // np.uint64(num_picks)]
+    for j in range(len(total)):
+        total[j] = weight * row[j]
+    for place in range(begin + 1, end):
+        pick = order[place]
+        weight, row = weights[pick], grad_out[np.uint64(pick) // np.uint64(num_picks)]
+        for j in range(len(total)):
+            total[j] += weight * row[j]
+
+
+@kernel
+def _radix_sort(rows, num_bits, keys_out, order_out):  # type: ignore[no-untyped-def]
+    """Stable sort by the lowest `num_bits` bits, 11 or fewer at a time."""
+    num_passes = (num_bits + 10) // 11
+    digit_bits = (num_bits + num_passes - 1) // num_passes
+    num_digits = 1 << digit_bits
+    mask = np.uint64(num_digits - 1)
+    places = np.zeros((num_passes, num_digits), np.int64)
+    for i in range(len(rows)):
+        key = np.uint64(rows[i])
+        for number in range(num_passes):
+            places[number, (key >> np.uint64(number * digit_bits)) & mask] += 1
+    for number in range(num_passes):
+        before = 0
+        for digit in range(num_digits):
+            count = places[number, digit]
+            places[number, digit] = before
+            before += count
+
+    # Two pairs of buffers take turns, so that the last pass ends in the outputs.
+    keys, order = np.empty_like(keys_out), np.empty_like(order_out)
+    to_outputs = num_passes % 2 == 1
+    first_keys, first_order = (keys, order) if to_outputs else (keys_out, order_out)
+    for i in range(len(rows)):
+        first_keys[i], first_order[i] = rows[i], i
+    for number in range(num_passes):
+        from_keys, from_order = (keys, order) if to_outputs else (keys_out, order_out)
+        to_keys, to_order = (keys_out, order_out) if to_outputs else (keys, order)
+        to_outputs = not to_outputs
+        shift, next_places = np.uint64(number * digit_bits), places[number]
+        for i in range(len(rows)):
+            key = from_keys[i]
+            bucket = (np.uint64(key) >> shift) & mask
+            to = next_places[bucket]
+            next_places[bucket] = to + 1
+            to_keys[to], to_order[to] = key, from_order[i]
+
+
+@kernel
+def _find_runs(keys, starts, rows):  # type: ignore[no-untyped-def]
+    """Starts of the runs of equal keys, with the end behind them, and their keys; how many."""
+    count = 0
+    for i in range(len(keys)):
+        if i == 0 or keys[i] != keys[i - 1]:
+            starts[count], rows[count] = i, keys[i]
+            count += 1
+    starts[count] = len(keys)
+    return count
