@@ -1,0 +1,56 @@
+"""Benchmark results as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from strata.bench.ops import OpResult
+from strata.bench.train import TrainResult
+
+
+def ops_table(results: Sequence[OpResult], *, device: torch.device) -> Group:
+    """Medians in milliseconds, each rival with its ratio to strata, and the floor with ours."""
+    table = Table(title=f"operations on {device}, {torch.get_num_threads()} threads, medians in ms")
+    for column in ("operation", "table", "contestant"):
+        table.add_column(column)
+    for column in ("ms", "times strata"):
+        table.add_column(column, justify="right")
+    notes = []
+    for result in results:
+        lines = {"strata": result.ours_ms, **result.rivals}
+        if result.floor_ms is not None:
+            lines["floor (bytes / copy bandwidth)"] = result.floor_ms
+        for number, (name, ms) in enumerate(lines.items()):
+            where = f"{result.rows:,} x {result.width} {result.dtype}"
+            table.add_row(
+                result.op if number == 0 else "",
+                where if number == 0 else "",
+                name,
+                f"{ms:,.2f}",
+                f"{ms / result.ours_ms:.2f}",
+                end_section=number == len(lines) - 1,
+            )
+        notes += [f"{result.op}: {name} not run: {why}" for name, why in result.skipped.items()]
+    return Group(table, *sorted(set(notes)))
+
+
+def train_table(result: TrainResult, *, device: torch.device) -> Table:
+    """Tokens a second of each contestant."""
+    threads = torch.get_num_threads()
+    table = Table(title=f"training the quickstart's models on {device}, {threads} threads, medians")
+    for column in ("model, loop", "tokens/s", "ratio"):
+        table.add_column(column, justify="left" if column.startswith("model") else "right")
+    rates = result.tokens_per_s
+    table.add_row("Memory+, strata", f"{rates['memory']:,.0f}", "")
+    ratio = f"{result.memory_over_dense:.2f} of it is Memory+"
+    table.add_row("dense, strata", f"{rates['dense']:,.0f}", ratio)
+    table.add_row(
+        "Memory+, bare loop",
+        f"{rates['bare']:,.0f}",
+        f"{result.strata_over_bare:.2f} of it is strata",
+    )
+    return table

@@ -1,0 +1,76 @@
+"""`strata bench`: speed, beside the rivals, for anyone to repeat."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from strata.errors import ConfigError
+
+
+def bench_ops(
+    size: Annotated[
+        str, typer.Option(help="small (seconds), medium, large (needs 24 GB), rows (2^16..2^22)")
+    ] = "medium",
+    rounds: Annotated[int, typer.Option(help="interleaved rounds that count")] = 7,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
+) -> None:
+    """Time each operation against every installed rival, after checking it against float64.
+
+    Rivals beside torch come with `pip install strata-lm[bench]`.
+    """
+    from rich.console import Console
+
+    from strata.bench.ops import bench_ops as run
+    from strata.bench.report import ops_table
+    from strata.bench.sizes import SIZES
+    from strata.device import pick_device
+
+    if size not in SIZES:
+        raise ConfigError(f"no size {size!r}: give one of {', '.join(SIZES)}")
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds} is not allowed: give 1 or more")
+    target = pick_device(device)
+    shown = Console(stderr=True)
+    with shown.status("starting") as status:
+        results = list(run(SIZES[size], device=target, rounds=rounds, on_progress=status.update))
+    if as_json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+    else:
+        Console().print(ops_table(results, device=target))
+
+
+def bench_train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="a.b=value, replaces a key of the quickstart's recipe"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="steps of each contestant that count")] = 15,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Time training steps of the quickstart's Memory+ model, its dense control, and a bare loop."""
+    from rich.console import Console
+
+    from strata.bench.report import train_table
+    from strata.bench.train import bench_train as run
+    from strata.device import pick_device
+
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds} is not allowed: give 1 or more")
+    target = pick_device(device)
+    with Console(stderr=True).status("starting") as status:
+        result = run(
+            device=target,
+            rounds=rounds,
+            overrides=tuple(overrides or ()),
+            on_progress=status.update,
+        )
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=1))
+    else:
+        Console().print(train_table(result, device=target))

@@ -1,0 +1,96 @@
+"""The benchmark measures what it says, refuses wrong results, and prints what scripts read."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from strata.bench import ops as bench
+from strata.bench.ops import BenchError, OpResult
+from strata.bench.sizes import SIZES
+from strata.bench.timing import copy_bytes_per_s, race
+from strata.cli import main as command_line
+
+CPU = torch.device("cpu")
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["strata", "bench", *arguments])
+    with pytest.raises(SystemExit) as end:
+        command_line.main()
+    return int(end.value.code or 0)
+
+
+def test_json_has_every_op_at_every_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["ops", "--size", "small", "--rounds", "1", "--json"], monkeypatch) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [r["op"] for r in results] == list(bench.OPS) * len(SIZES["small"])
+    for result in results:
+        assert result["ours_ms"] > 0
+        assert result["rows"] == 64 * 64 and result["width"] == 48
+        assert result["dtype"] in ("float32", "bfloat16")
+        if result["op"] != "layer_step":
+            assert result["floor_ms"] > 0 and result["rivals"]
+        assert all(ms > 0 for ms in result["rivals"].values())
+
+
+def test_the_table_names_rivals_and_floor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["ops", "--size", "small", "--rounds", "1"], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    for word in ("value_step", "embedding_bag", "SparseAdam", "floor"):
+        assert word in shown
+
+
+def test_an_unknown_size_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["ops", "--size", "huge"], monkeypatch) == 2
+    assert capsys.readouterr().err.strip() == (
+        "strata: error: no size 'huge': give one of small, medium, large, rows"
+    )
+
+
+@pytest.mark.parametrize("op", ["product_key_topk", "bag_forward", "value_step"])
+def test_a_wrong_result_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast operation that computes something else must not win a benchmark."""
+    patched = {
+        "product_key_topk": "pick_rows",
+        "bag_forward": "bag_forward",
+        "value_step": "weighted_bag",
+    }
+    real = getattr(bench, patched[op])
+
+    def slightly_off(*args: object, **kwargs: object) -> Tensor | tuple[Tensor, Tensor]:
+        result = real(*args, **kwargs)
+        return (result[0] * 1.03, result[1]) if isinstance(result, tuple) else result * 1.03
+
+    monkeypatch.setattr(bench, patched[op], slightly_off)
+    monkeypatch.setattr(bench, "OPS", {op: bench.OPS[op]})
+    with pytest.raises(BenchError, match=op):
+        list(bench.bench_ops(SIZES["small"], device=CPU, rounds=1))
+
+
+def test_rivals_take_turns() -> None:
+    order: list[str] = []
+    times = race(
+        {name: lambda name=name: order.append(name) for name in "abc"}, rounds=3, device=CPU
+    )
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert set(times) == set("abc")
+
+
+def test_copy_bandwidth_is_of_this_world() -> None:
+    assert 1e8 < copy_bytes_per_s(CPU, rounds=1) < 1e14
+
+
+def test_results_are_plain_numbers() -> None:
+    result = OpResult("bag_forward", 4, 2, "float32", 1.0, {"torch": 2.0}, 0.5, {})
+    assert json.loads(json.dumps(vars(result)))["rivals"] == {"torch": 2.0}
