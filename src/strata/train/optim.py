@@ -14,8 +14,7 @@ from torch import nn
 from strata.config import FrozenConfig
 from strata.layers import ValueTable, value_tables
 from strata.ops import UseQueue, collect_uses, row_update
-from strata.ops.row_update import RowGradients, new_state
-from strata.ops.row_update.cpu import QueuedGradients
+from strata.ops.row_update import TableGradients, new_state
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -241,7 +240,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return generator.manual_seed((self._seed * 1_000_003 + self._steps) * 1_009 + number)
 
 
-def _norm(gradients: Sequence[tuple[ValueTable, RowGradients | QueuedGradients]]) -> float:
+def _norm(gradients: Sequence[tuple[ValueTable, TableGradients]]) -> float:
     """Euclidean norm over the rows of all tables."""
     norms = [gradient.norm().to("cpu", torch.float64) for _, gradient in gradients]
     return float(torch.stack(norms).norm()) if norms else 0.0

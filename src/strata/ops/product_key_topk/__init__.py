@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from strata.ops.dispatch import implementation
 from strata.ops.precision import accumulation_dtype
-from strata.ops.product_key_topk import cpu, reference
 from strata.ops.product_key_topk.reference import (
     num_staircase_pairs,
     pick_pairs,
@@ -67,8 +67,7 @@ def product_key_topk(query_nhsd: Tensor, keys_hsmd: Tensor, *, top_k: int) -> tu
 
 def pick_rows(half_scores_nhsm: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Both stages of picking, from half scores; see `reference.pick_rows`."""
-    on_cpu = half_scores_nhsm.device.type == "cpu"
-    return (cpu if on_cpu else reference).pick_rows(half_scores_nhsm, top_k)
+    return implementation("product_key_topk", half_scores_nhsm).pick_rows(half_scores_nhsm, top_k)
 
 
 @torch.library.custom_op("strata::product_key_topk", mutates_args=())

@@ -8,20 +8,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from strata.ops.kernels import supported
-from strata.ops.row_update import cpu, reference
+from strata.ops.dispatch import implementation
 from strata.ops.row_update.reference import (
     ALGORITHMS,
     Algorithm,
     RowGradients,
+    TableGradients,
     new_state,
     reduce_uses,
+    unknown_algorithm,
 )
 from strata.ops.weighted_bag.queue import Use
 
 __all__ = [
     "ALGORITHMS",
     "RowGradients",
+    "TableGradients",
     "Use",
     "collect_uses",
     "new_state",
@@ -32,7 +34,7 @@ __all__ = [
 Rounding = Literal["nearest", "stochastic"]
 
 
-def collect_uses(uses: Sequence[Use]) -> RowGradients | cpu.QueuedGradients:
+def collect_uses(uses: Sequence[Use]) -> TableGradients:
     """The gradient of a table for `row_update`, in the form that costs least on its device.
 
     On a CPU the rows' gradients are summed only while the rows are updated, and `grad_uv` is made
@@ -41,17 +43,16 @@ def collect_uses(uses: Sequence[Use]) -> RowGradients | cpu.QueuedGradients:
     Raises:
         ValueError: no uses.
     """
-    alike = len({use.rows_np.shape[1] for use in uses}) == 1
-    if alike and supported(*(use.grad_out_nv for use in uses)):
-        return cpu.QueuedGradients(uses)
-    return reduce_uses(uses)
+    if not uses:
+        return reduce_uses(uses)
+    return implementation("row_update", uses[0].grad_out_nv).collect_uses(uses)
 
 
 @torch.no_grad()
 def row_update(
     values_rv: Tensor,
     state: dict[str, Tensor],
-    gradients: RowGradients | cpu.QueuedGradients,
+    gradients: TableGradients,
     *,
     algorithm: Algorithm,
     lr: float,
@@ -80,14 +81,13 @@ def row_update(
     torch.optim.SparseAdam, with a step count per row.
     """
     if algorithm not in ALGORITHMS:
-        raise ValueError(reference.unknown_algorithm(algorithm))
+        raise ValueError(unknown_algorithm(algorithm))
     floats = (torch.float32, torch.float64, torch.bfloat16)
     if rounding == "stochastic" and values_rv.dtype not in floats:
         raise ValueError(
             f"stochastic rounding is for bfloat16 tables, this one is {values_rv.dtype}"
         )
-    update = cpu.row_update if cpu.fits(values_rv, state) else reference.row_update
-    update(
+    implementation("row_update", values_rv).row_update(
         values_rv,
         state,
         gradients,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from strata.ops.kernels import as_array, kernel, prefetch_row, store, supported, widen
 from strata.ops.precision import accumulation_dtype
-from strata.ops.row_update.reference import ALGORITHMS, RowGradients
+from strata.ops.row_update import reference
+from strata.ops.row_update.reference import ALGORITHMS, TableGradients
 from strata.ops.threads import run_split
 from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, reverse_index
 from strata.ops.weighted_bag.queue import Use
@@ -48,7 +49,7 @@ class QueuedGradients:
         self._squares: np.ndarray | None = None
 
     @classmethod
-    def from_rows(cls, gradients: RowGradients) -> QueuedGradients:
+    def from_rows(cls, gradients: TableGradients) -> QueuedGradients:
         """The same gradient as uses: each row was used once."""
         one = torch.ones(len(gradients.rows_u), 1, dtype=gradients.grad_uv.dtype)
         return cls([Use(gradients.rows_u[:, None], one, gradients.grad_uv)])
@@ -121,16 +122,18 @@ class QueuedGradients:
         )
 
 
-def fits(values_rv: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether `row_update` takes this table and state."""
-    tensors = (values_rv, *state.values())
-    return supported(*tensors) and all(tensor.is_contiguous() for tensor in tensors)
+def collect_uses(uses: Sequence[Use]) -> TableGradients:
+    """See `strata.ops.row_update.collect_uses`."""
+    alike = len({use.rows_np.shape[1] for use in uses}) == 1
+    if alike and supported(*(use.grad_out_nv for use in uses)):
+        return QueuedGradients(uses)
+    return reference.reduce_uses(uses)
 
 
 def row_update(
     values_rv: Tensor,
     state: dict[str, Tensor],
-    gradients: RowGradients | QueuedGradients,
+    gradients: TableGradients,
     *,
     algorithm: str,
     lr: float,
@@ -145,6 +148,20 @@ def row_update(
     Raises:
         IndexError: a row is not in the table.
     """
+    tensors = (values_rv, *state.values())
+    if not supported(*tensors) or not all(tensor.is_contiguous() for tensor in tensors):
+        return reference.row_update(
+            values_rv,
+            state,
+            gradients,
+            algorithm=algorithm,
+            lr=lr,
+            scale=scale,
+            betas=betas,
+            eps=eps,
+            rounding=rounding,
+            generator=generator,
+        )
     rows_u = gradients.rows_u
     if len(rows_u) == 0:
         return
@@ -155,7 +172,7 @@ def row_update(
     seed = 0
     if rounding == "stochastic" and values_rv.dtype == torch.bfloat16:
         seed = 1 + int(torch.randint(0, 2**62, (1,), generator=generator))
-    if isinstance(gradients, RowGradients):
+    if not isinstance(gradients, QueuedGradients):
         gradients = QueuedGradients.from_rows(gradients)
     gradients.update(
         values_rv,

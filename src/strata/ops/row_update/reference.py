@@ -36,14 +36,19 @@ class RowGradients:
         return torch.linalg.vector_norm(self.grad_uv)
 
 
-class HasRowGradients(Protocol):
-    """What an update needs: `RowGradients`, or something that makes them when asked."""
+class TableGradients(Protocol):
+    """Gradient of a table to the rows that were read: held, or summed where it is needed."""
 
     @property
-    def rows_u(self) -> Tensor: ...
+    def rows_u(self) -> Tensor:
+        """(u,) int64, ascending, distinct."""
 
     @property
-    def grad_uv(self) -> Tensor: ...
+    def grad_uv(self) -> Tensor:
+        """(u, v) in fp32 or fp64."""
+
+    def norm(self) -> Tensor:
+        """Euclidean norm over all rows, 0-d."""
 
 
 def reduce_uses(uses: Sequence[Use]) -> RowGradients:
@@ -72,6 +77,11 @@ def unknown_algorithm(name: str) -> str:
     return f"algorithm {name!r} is not one of {', '.join(ALGORITHMS)}"
 
 
+def collect_uses(uses: Sequence[Use]) -> TableGradients:
+    """See `strata.ops.row_update.collect_uses`."""
+    return reduce_uses(uses)
+
+
 def new_state(values_rv: Tensor, *, algorithm: Algorithm) -> dict[str, Tensor]:
     """Fresh optimizer state for a table, on its device."""
     r = values_rv.shape[0]
@@ -92,7 +102,7 @@ def new_state(values_rv: Tensor, *, algorithm: Algorithm) -> dict[str, Tensor]:
 def row_update(
     values_rv: Tensor,
     state: dict[str, Tensor],
-    gradients: HasRowGradients,
+    gradients: TableGradients,
     *,
     algorithm: str,
     lr: float,

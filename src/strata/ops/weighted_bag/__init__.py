@@ -10,7 +10,6 @@ the table goes one of two ways:
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.library import EffectType
 from torch.utils.flop_counter import register_flop_formula
 
+from strata.ops.dispatch import implementation
 from strata.ops.precision import accumulation_dtype
-from strata.ops.weighted_bag import cpu, reference
 from strata.ops.weighted_bag.queue import Use, UseQueue, queue_of
 
 __all__ = ["Use", "UseQueue", "bag_forward", "row_dots", "row_gradients", "weighted_bag"]
@@ -75,24 +74,26 @@ def row_dots(
 
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """`weighted_bag` without autograd."""
-    return _implementation(values_rv).bag_forward(values_rv, rows_np, weights_np)
+    return implementation("weighted_bag", values_rv).bag_forward(values_rv, rows_np, weights_np)
 
 
 def row_gradients(
     rows_np: Tensor, weights_np: Tensor, grad_out_nv: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of a weighted bag to the rows it read: (rows_u ascending, grad_uv in fp32)."""
-    return _implementation(grad_out_nv).row_gradients(rows_np, weights_np, grad_out_nv)
+    return implementation("weighted_bag", grad_out_nv).row_gradients(
+        rows_np, weights_np, grad_out_nv
+    )
 
 
 @torch.library.custom_op("strata::weighted_bag", mutates_args=())
 def _bag(values: Tensor, rows: Tensor, weights: Tensor, queue: int) -> Tensor:
-    return _implementation(values).bag_forward(values, rows, weights)
+    return implementation("weighted_bag", values).bag_forward(values, rows, weights)
 
 
 @torch.library.custom_op("strata::row_dots", mutates_args=())
 def _dots(values: Tensor, rows: Tensor, vectors: Tensor, queue: int) -> Tensor:
-    return _implementation(values).bag_dots(values, rows, vectors)
+    return implementation("weighted_bag", values).bag_dots(values, rows, vectors)
 
 
 # The two operators below return a gradient and, when given a queue, leave a use in it. That side
@@ -109,7 +110,7 @@ def _bag_backward(
         wide = accumulation_dtype(values)
         use = Use(rows.clone(), weights.to(wide, copy=True), grad_out.to(wide, copy=True))
         queue_of(queue).uses.append(use)
-    return _implementation(values).bag_dots(values, rows, grad_out).to(weights.dtype)
+    return implementation("weighted_bag", values).bag_dots(values, rows, grad_out).to(weights.dtype)
 
 
 @torch.library.custom_op("strata::row_dots_backward", mutates_args=())
@@ -120,7 +121,9 @@ def _dots_backward(
         wide = accumulation_dtype(values)
         use = Use(rows.clone(), grad_out.to(wide, copy=True), vectors.to(wide, copy=True))
         queue_of(queue).uses.append(use)
-    return _implementation(values).bag_forward(values, rows, grad_out).to(vectors.dtype)
+    return (
+        implementation("weighted_bag", values).bag_forward(values, rows, grad_out).to(vectors.dtype)
+    )
 
 
 _bag_backward.register_effect(EffectType.ORDERED)
@@ -189,10 +192,6 @@ def _sparse(values_rv: Tensor, rows_u: Tensor, grad_uv: Tensor) -> Tensor:
         is_coalesced=True,
         check_invariants=False,
     )
-
-
-def _implementation(tensor: Tensor) -> ModuleType:
-    return cpu if tensor.device.type == "cpu" else reference
 
 
 def _number(queue: UseQueue | None) -> int:
