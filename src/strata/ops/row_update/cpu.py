@@ -20,7 +20,7 @@ from strata.ops.precision import accumulation_dtype
 from strata.ops.row_update import reference
 from strata.ops.row_update.reference import ALGORITHMS, TableGradients
 from strata.ops.threads import run_split
-from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, reverse_index
+from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, reverse_index, sum_runs
 from strata.ops.weighted_bag.queue import Use
 
 _AHEAD = 4  # rows between asking for a row and changing it
@@ -58,7 +58,7 @@ class QueuedGradients:
     def grad_uv(self) -> Tensor:
         """(u, v), fp32 or fp64; made when asked for."""
         grad_uv = torch.empty(len(self.rows_u), self.grad_out_nv.shape[1], dtype=self._dtype)
-        self._split(_sum, as_array(grad_uv))
+        self._split(sum_runs, as_array(grad_uv))
         return grad_uv
 
     def norm(self) -> Tensor:
@@ -184,13 +184,6 @@ def row_update(
         eps=eps,
         seed=seed,
     )
-
-
-@kernel
-def _sum(starts, order, num_picks, weights, grad_out, out, start, stop):  # type: ignore[no-untyped-def]
-    part = np.empty(grad_out.shape[1], out.dtype)
-    for u in range(start, stop):
-        add_run(starts[u], starts[u + 1], order, num_picks, weights, grad_out, part, out[u])
 
 
 @kernel

@@ -72,7 +72,7 @@ def row_gradients(
     index = reverse_index(rows_np)
     grad_uv = torch.empty(len(index.rows_u), grad_out_nv.shape[1], dtype=wide)
     run_split(
-        _sum_runs,
+        sum_runs,
         index.bounds(bytes_per_pick=grad_out_nv.shape[1] * grad_uv.element_size()),
         index.starts,
         index.order,
@@ -140,9 +140,9 @@ def _bag(values, rows, weights, out, start, stop):  # type: ignore[no-untyped-de
     num_picks, width = rows.shape[1], values.shape[1]
     base, row_bytes = np.uint64(values.ctypes.data), width * values.itemsize
     flat, end = rows.reshape(-1), stop * num_picks
+    for pick in range(start * num_picks, min(start * num_picks + _AHEAD, end)):
+        prefetch_row(base, flat[pick], row_bytes)
     for n in range(start, stop):
-        for pick in range(n * num_picks, min(n * num_picks + _AHEAD, end) if n == start else 0):
-            prefetch_row(base, flat[pick], row_bytes)
         total = out[n]
         total[:] = 0
         whole = num_picks // 4 * 4
@@ -188,7 +188,7 @@ def _dots(values, rows, vectors, out, start, stop):  # type: ignore[no-untyped-d
 
 
 @kernel
-def _sum_runs(starts, order, num_picks, weights, grad_out, out, start, stop):  # type: ignore[no-untyped-def]
+def sum_runs(starts, order, num_picks, weights, grad_out, out, start, stop):  # type: ignore[no-untyped-def]
     """out[u] = sum of weights[q] * grad_out[q // num_picks] over the picks q of row u."""
     part = np.empty(grad_out.shape[1], out.dtype)
     for u in range(start, stop):
