@@ -13,7 +13,7 @@ from torch import Tensor
 
 from strata.ops import RowGradients, Use
 from strata.ops.product_key_topk import reference as topk_reference
-from strata.ops.row_update import ALGORITHMS, new_state
+from strata.ops.row_update import ALGORITHMS, UpdateRule, new_state
 from strata.ops.row_update import reference as update_reference
 from strata.ops.weighted_bag import reference as bag_reference
 
@@ -121,7 +121,7 @@ def test_updates(
     values, *_ = draw(1, 1, 13, 7, dtype)
     expected = values.clone()
     state, expected_state = (new_state(values, algorithm=algorithm) for _ in range(2))
-    options = {**OPTIONS, "algorithm": algorithm, "rounding": "nearest", "generator": None}
+    rule = UpdateRule(algorithm, scale=0.5, **OPTIONS)
     for _ in range(3):
         uses = [Use(*draw(n, 3, 13, 7, torch.float32)[1:]) for n in (5, 2)]
         if dtype == torch.float64:
@@ -131,8 +131,8 @@ def test_updates(
         truth = RowGradients(*_reduced(uses))
         torch.testing.assert_close(norm, truth.norm().double(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(queued.grad_uv, truth.grad_uv, atol=2e-5, rtol=2e-5)
-        update_triton.row_update(values, state, queued, scale=0.5, **options)
-        update_reference.row_update(expected, expected_state, truth, scale=0.5, **options)
+        update_triton.row_update(values, state, queued, rule)
+        update_reference.row_update(expected, expected_state, truth, rule)
         torch.testing.assert_close(queued.norm(), norm, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(values, expected, atol=tolerance, rtol=tolerance)
     for name in state:
@@ -151,9 +151,9 @@ def test_gradients_of_rows_update_too() -> None:
     values, *_ = draw(1, 1, 9, 5, torch.float32)
     expected = values.clone()
     gradients = RowGradients(torch.tensor([1, 4]).to(DEVICE), torch.randn(2, 5).to(DEVICE))
-    options = {**OPTIONS, "algorithm": "sgd", "rounding": "nearest", "generator": None}
-    update_triton.row_update(values, {}, gradients, scale=1.0, **options)
-    update_reference.row_update(expected, {}, gradients, scale=1.0, **options)
+    rule = UpdateRule("sgd", **OPTIONS)
+    update_triton.row_update(values, {}, gradients, rule)
+    update_reference.row_update(expected, {}, gradients, rule)
     torch.testing.assert_close(values, expected)
 
 
@@ -166,18 +166,9 @@ def test_stochastic_rounding_is_unbiased_and_repeats() -> None:
             torch.arange(count // 8).to(DEVICE),
             torch.full((count // 8, 8), -share * 2**-7).to(DEVICE),
         )
-        update_triton.row_update(
-            values,
-            {},
-            gradients,
-            algorithm="sgd",
-            lr=1.0,
-            scale=1.0,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            rounding="stochastic",
-            generator=torch.Generator(DEVICE).manual_seed(5),
-        )
+        generator = torch.Generator(DEVICE).manual_seed(5)
+        rule = UpdateRule("sgd", lr=1.0, rounding="stochastic", generator=generator)
+        update_triton.row_update(values, {}, gradients, rule)
         results.append(values)
     assert torch.equal(results[0], results[1])
     up = (results[0].double() == 1 + 2**-7).double()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from strata.ops.dispatch import implementation
+from strata.ops.row_update import reference
 from strata.ops.row_update.reference import (
     ALGORITHMS,
     Algorithm,
+    Rounding,
     RowGradients,
     TableGradients,
+    UpdateRule,
     new_state,
     reduce_uses,
     unknown_algorithm,
@@ -31,8 +33,6 @@ __all__ = [
     "row_update",
 ]
 
-Rounding = Literal["nearest", "stochastic"]
-
 
 def collect_uses(uses: Sequence[Use]) -> TableGradients:
     """The gradient of a table for `row_update`, in the form that costs least on its device.
@@ -43,7 +43,7 @@ def collect_uses(uses: Sequence[Use]) -> TableGradients:
     Raises:
         ValueError: no uses.
     """
-    if not uses:
+    if len({use.rows_np.shape[1] for use in uses}) != 1:
         return reduce_uses(uses)
     return implementation("row_update", uses[0].grad_out_nv).collect_uses(uses)
 
@@ -87,15 +87,7 @@ def row_update(
         raise ValueError(
             f"stochastic rounding is for bfloat16 tables, this one is {values_rv.dtype}"
         )
-    implementation("row_update", values_rv).row_update(
-        values_rv,
-        state,
-        gradients,
-        algorithm=algorithm,
-        lr=lr,
-        scale=scale,
-        betas=betas,
-        eps=eps,
-        rounding=rounding,
-        generator=generator,
-    )
+    rule = UpdateRule(algorithm, lr, scale, betas, eps, rounding, generator)
+    dense = all(tensor.is_contiguous() for tensor in (values_rv, *state.values()))
+    update = implementation("row_update", values_rv).row_update if dense else reference.row_update
+    update(values_rv, state, gradients, rule)

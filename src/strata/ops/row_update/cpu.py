@@ -18,9 +18,9 @@ from torch import Tensor
 from strata.ops.kernels import as_array, kernel, prefetch_row, store, supported, widen
 from strata.ops.precision import accumulation_dtype
 from strata.ops.row_update import reference
-from strata.ops.row_update.reference import ALGORITHMS, TableGradients
+from strata.ops.row_update.reference import ALGORITHMS, TableGradients, UpdateRule
 from strata.ops.threads import run_split
-from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, reverse_index, sum_runs
+from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, check_rows, reverse_index, sum_runs
 from strata.ops.weighted_bag.queue import Use
 
 _AHEAD = 4  # rows between asking for a row and changing it
@@ -68,39 +68,29 @@ class QueuedGradients:
             self._split(_square, self._squares)
         return torch.from_numpy(self._squares).sum(dtype=torch.float64).sqrt()
 
-    def update(
-        self,
-        values_rv: Tensor,
-        state: dict[str, Tensor],
-        *,
-        algorithm: str,
-        lr: float,
-        scale: float,
-        betas: tuple[float, float],
-        eps: float,
-        seed: int,
-    ) -> None:
+    def update(self, values_rv: Tensor, state: dict[str, Tensor], rule: UpdateRule) -> None:
         """Change the rows that were read; see `row_update`."""
         wide = np.float64 if accumulation_dtype(values_rv) == torch.float64 else np.float32
-        nothing = torch.empty(0, 0)
-        names = {"adagrad": ("square_sum",), "adam": ("exp_avg", "exp_avg_sq")}.get(algorithm, ())
-        rows = [state[name].view(len(values_rv), -1) for name in names] + [nothing, nothing]
+        nothing = torch.empty(0, 0)  # where an algorithm has no such state
+        names = {"adagrad": ("square_sum",), "adam": ("exp_avg", "exp_avg_sq")}
+        rows = [state[name].view(len(values_rv), -1) for name in names.get(rule.algorithm, ())]
+        rows += [nothing, nothing]
         self._squares = np.empty(len(self.rows_u), self.grad_out_nv.dtype)
         self._split(
             _update,
             self._squares,
             as_array(values_rv),
             self.index.rows_u,
-            ALGORITHMS.index(algorithm),
+            ALGORITHMS.index(rule.algorithm),
             as_array(rows[0]),
             as_array(rows[1]),
-            as_array(state.get("steps", nothing[0:0, 0:0].reshape(0))),
-            wide(scale),
-            wide(lr),
-            wide(eps),
-            np.float32(betas[0]),
-            np.float32(betas[1]),
-            np.uint64(seed),
+            as_array(state.get("steps", torch.empty(0))),
+            wide(rule.scale),
+            wide(rule.lr),
+            wide(rule.eps),
+            np.float32(rule.betas[0]),
+            np.float32(rule.betas[1]),
+            np.uint64(rule.noise_seed(values_rv)),
         )
 
     @property
@@ -123,67 +113,27 @@ class QueuedGradients:
 
 
 def collect_uses(uses: Sequence[Use]) -> TableGradients:
-    """See `strata.ops.row_update.collect_uses`."""
-    alike = len({use.rows_np.shape[1] for use in uses}) == 1
-    if alike and supported(*(use.grad_out_nv for use in uses)):
+    """See `strata.ops.row_update.collect_uses`; all uses have as many picks per bag."""
+    if supported(*(use.grad_out_nv for use in uses)):
         return QueuedGradients(uses)
     return reference.reduce_uses(uses)
 
 
 def row_update(
-    values_rv: Tensor,
-    state: dict[str, Tensor],
-    gradients: TableGradients,
-    *,
-    algorithm: str,
-    lr: float,
-    scale: float,
-    betas: tuple[float, float],
-    eps: float,
-    rounding: str,
-    generator: torch.Generator | None,
+    values_rv: Tensor, state: dict[str, Tensor], gradients: TableGradients, rule: UpdateRule
 ) -> None:
-    """See `reference.row_update`.
+    """See `strata.ops.row_update`.
 
     Raises:
         IndexError: a row is not in the table.
     """
-    tensors = (values_rv, *state.values())
-    if not supported(*tensors) or not all(tensor.is_contiguous() for tensor in tensors):
-        return reference.row_update(
-            values_rv,
-            state,
-            gradients,
-            algorithm=algorithm,
-            lr=lr,
-            scale=scale,
-            betas=betas,
-            eps=eps,
-            rounding=rounding,
-            generator=generator,
-        )
-    rows_u = gradients.rows_u
-    if len(rows_u) == 0:
-        return
-    low, high = (int(bound) for bound in rows_u.aminmax())
-    if low < 0 or high >= len(values_rv):
-        wrong = low if low < 0 else high
-        raise IndexError(f"row {wrong} is not in the table: 0..{len(values_rv) - 1} are")
-    seed = 0
-    if rounding == "stochastic" and values_rv.dtype == torch.bfloat16:
-        seed = 1 + int(torch.randint(0, 2**62, (1,), generator=generator))
+    if not supported(values_rv, *state.values()):
+        return reference.row_update(values_rv, state, gradients, rule)
+    check_rows(values_rv, gradients.rows_u)
     if not isinstance(gradients, QueuedGradients):
         gradients = QueuedGradients.from_rows(gradients)
-    gradients.update(
-        values_rv,
-        state,
-        algorithm=algorithm,
-        lr=lr,
-        scale=scale,
-        betas=betas,
-        eps=eps,
-        seed=seed,
-    )
+    if len(gradients.rows_u):
+        gradients.update(values_rv, state, rule)
 
 
 @kernel

@@ -22,6 +22,7 @@ from strata.ops.weighted_bag.queue import Use
 
 Algorithm = Literal["adagrad", "adam", "sgd"]
 ALGORITHMS: tuple[Algorithm, ...] = ("adagrad", "adam", "sgd")
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,26 @@ class RowGradients:
     def norm(self) -> Tensor:
         """Euclidean norm over all rows, a 0-d fp32 tensor."""
         return torch.linalg.vector_norm(self.grad_uv)
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How rows move; the arguments of `strata.ops.row_update`, which says what they mean."""
+
+    algorithm: Algorithm
+    lr: float
+    scale: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-10
+    rounding: Rounding = "nearest"
+    generator: torch.Generator | None = None
+
+    def noise_seed(self, values_rv: Tensor) -> int:
+        """Names the noise of this update's stochastic rounding, 1..2^31 - 2; 0: to nearest."""
+        if self.rounding == "nearest" or values_rv.dtype != torch.bfloat16:
+            return 0
+        device = values_rv.device if self.generator is None else self.generator.device
+        return int(torch.randint(1, 2**31 - 1, (1,), generator=self.generator, device=device))
 
 
 class TableGradients(Protocol):
@@ -100,32 +121,22 @@ def new_state(values_rv: Tensor, *, algorithm: Algorithm) -> dict[str, Tensor]:
 
 
 def row_update(
-    values_rv: Tensor,
-    state: dict[str, Tensor],
-    gradients: TableGradients,
-    *,
-    algorithm: str,
-    lr: float,
-    scale: float,
-    betas: tuple[float, float],
-    eps: float,
-    rounding: str,
-    generator: torch.Generator | None,
+    values_rv: Tensor, state: dict[str, Tensor], gradients: TableGradients, rule: UpdateRule
 ) -> None:
     """See `strata.ops.row_update`."""
     rows_u, grad_uv = gradients.rows_u, gradients.grad_uv
-    if scale != 1.0:
-        grad_uv = grad_uv * scale
-    if algorithm == "adagrad":
+    if rule.scale != 1.0:
+        grad_uv = grad_uv * rule.scale
+    if rule.algorithm == "adagrad":
         square_sum_u = state["square_sum"][rows_u] + grad_uv.square().mean(dim=1).float()
         state["square_sum"][rows_u] = square_sum_u
-        step_uv = grad_uv / (square_sum_u.sqrt() + eps)[:, None]
-    elif algorithm == "adam":
-        step_uv = _adam_step(state, rows_u, grad_uv, betas=betas, eps=eps)
+        step_uv = grad_uv / (square_sum_u.sqrt() + rule.eps)[:, None]
+    elif rule.algorithm == "adam":
+        step_uv = _adam_step(state, rows_u, grad_uv, betas=rule.betas, eps=rule.eps)
     else:
         step_uv = grad_uv
-    wide_uv = values_rv[rows_u].to(accumulation_dtype(values_rv)) - lr * step_uv
-    values_rv[rows_u] = _round(wide_uv, values_rv.dtype, rounding, generator)
+    wide_uv = values_rv[rows_u].to(accumulation_dtype(values_rv)) - rule.lr * step_uv
+    values_rv[rows_u] = _round(wide_uv, values_rv.dtype, rule.rounding, rule.generator)
 
 
 def _adam_step(

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from strata.ops.precision import accumulation_dtype
-from strata.ops.row_update import reference
-from strata.ops.row_update.reference import ALGORITHMS, TableGradients
+from strata.ops.row_update.reference import ALGORITHMS, TableGradients, UpdateRule
 from strata.ops.weighted_bag.queue import Use
 from strata.ops.weighted_bag.triton import LONG_RUN, ReverseIndex, reverse_index, sum_runs
 
@@ -55,35 +54,30 @@ class QueuedGradients:
     def norm(self) -> Tensor:
         """Euclidean norm over all rows, 0-d fp64; free once the rows have been updated."""
         if self._squares is None:
-            table = self.grad_out_nv.new_empty(0, self.grad_out_nv.shape[1])
-            self._launch(table, {}, algorithm="sgd", only_squares=True)
+            self._launch(self.grad_out_nv, {}, UpdateRule("sgd", lr=0.0), only_squares=True)
         assert self._squares is not None
         return self._squares.sum(dtype=torch.float64).sqrt()
 
-    def update(self, values_rv: Tensor, state: dict[str, Tensor], **options: object) -> None:
+    def update(self, values_rv: Tensor, state: dict[str, Tensor], rule: UpdateRule) -> None:
         """Change the rows that were read; see `strata.ops.row_update`."""
-        self._launch(values_rv, state, **options)  # type: ignore[arg-type]
+        self._launch(values_rv, state, rule, only_squares=False)
 
     def _launch(
         self,
         values_rv: Tensor,
         state: dict[str, Tensor],
+        rule: UpdateRule,
         *,
-        algorithm: str,
-        lr: float = 0.0,
-        scale: float = 1.0,
-        betas: tuple[float, float] = (0.0, 0.0),
-        eps: float = 0.0,
-        seed: int = 0,
-        only_squares: bool = False,
+        only_squares: bool,
     ) -> None:
+        seed = 0 if only_squares else rule.noise_seed(values_rv)
         index, grad_out, weights = self.index, self.grad_out_nv, self.weights_np
         u, v = len(index.rows_u), grad_out.shape[1]
         self._squares = torch.zeros(u, dtype=grad_out.dtype, device=grad_out.device)
         if u == 0:
             return
         names = {"adagrad": ("square_sum",), "adam": ("exp_avg", "exp_avg_sq", "steps")}
-        states = [state[name] for name in names.get(algorithm, ()) if name in state]
+        states = [state[name] for name in names.get(rule.algorithm, ()) if name in state]
         states += [grad_out] * (3 - len(states))  # not touched
         long_l = (index.starts.diff() > LONG_RUN).nonzero().squeeze(1)
         runs = [(index, weights, grad_out, self._squares, LONG_RUN)]
@@ -117,13 +111,12 @@ class QueuedGradients:
                 of.num_picks,
                 v,
                 longest,
-                lr,
-                scale,
-                betas[0],
-                betas[1],
-                eps,
+                rule.lr,
+                rule.scale,
+                *rule.betas,
+                rule.eps,
                 seed,
-                ALGORITHM=ALGORITHMS.index(algorithm),
+                ALGORITHM=ALGORITHMS.index(rule.algorithm),
                 STOCHASTIC=seed != 0,
                 ONLY_SQUARES=only_squares,
                 TILE=triton.next_power_of_2(v),
@@ -134,55 +127,17 @@ class QueuedGradients:
 
 
 def collect_uses(uses: Sequence[Use]) -> TableGradients:
-    """See `strata.ops.row_update.collect_uses`."""
-    if len({use.rows_np.shape[1] for use in uses}) == 1:
-        return QueuedGradients(uses)
-    return reference.reduce_uses(uses)
+    """See `strata.ops.row_update.collect_uses`; all uses have as many picks per bag."""
+    return QueuedGradients(uses)
 
 
 def row_update(
-    values_rv: Tensor,
-    state: dict[str, Tensor],
-    gradients: TableGradients,
-    *,
-    algorithm: str,
-    lr: float,
-    scale: float,
-    betas: tuple[float, float],
-    eps: float,
-    rounding: str,
-    generator: torch.Generator | None,
+    values_rv: Tensor, state: dict[str, Tensor], gradients: TableGradients, rule: UpdateRule
 ) -> None:
-    """See `reference.row_update`."""
-    if not all(tensor.is_contiguous() for tensor in (values_rv, *state.values())):
-        return reference.row_update(
-            values_rv,
-            state,
-            gradients,
-            algorithm=algorithm,
-            lr=lr,
-            scale=scale,
-            betas=betas,
-            eps=eps,
-            rounding=rounding,
-            generator=generator,
-        )
-    seed = 0
-    if rounding == "stochastic" and values_rv.dtype == torch.bfloat16:
-        device = generator.device if generator is not None else values_rv.device
-        seed = 1 + int(torch.randint(0, 2**31 - 2, (1,), generator=generator, device=device))
+    """See `strata.ops.row_update`."""
     if not isinstance(gradients, QueuedGradients):
         gradients = QueuedGradients.from_rows(gradients)
-    gradients.update(
-        values_rv,
-        state,
-        algorithm=algorithm,
-        lr=lr,
-        scale=scale,
-        betas=betas,
-        eps=eps,
-        seed=seed,
-    )
+    gradients.update(values_rv, state, rule)
 
 
 @triton.jit

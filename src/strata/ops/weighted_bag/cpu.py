@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strata.ops.kernels import as_array, kernel, prefetch_row, supported, widen
+from strata.ops.kernels import Kernel, as_array, kernel, prefetch_row, supported, widen
 from strata.ops.precision import accumulation_dtype
 from strata.ops.threads import even_bounds, run_split, weighed_bounds
 from strata.ops.weighted_bag import reference
@@ -24,38 +24,18 @@ _LONG_RUN = 256  # uses of one row added up in one go
 
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """See `reference.bag_forward`."""
-    _check_rows(values_rv, rows_np)
-    if not supported(values_rv) or not values_rv.is_contiguous():
+    check_rows(values_rv, rows_np)
+    if not _readable(values_rv):
         return reference.bag_forward(values_rv, rows_np, weights_np)
-    wide, (n, p) = accumulation_dtype(values_rv), rows_np.shape
-    out_nv = torch.empty(n, values_rv.shape[1], dtype=wide)
-    run_split(
-        _bag,
-        even_bounds(n, bytes_per_item=p * values_rv.shape[1] * values_rv.element_size()),
-        as_array(values_rv),
-        as_array(rows_np.contiguous()),
-        as_array(weights_np.to(wide).contiguous()),
-        as_array(out_nv),
-    )
-    return out_nv
+    return _over_bags(_bag, values_rv, rows_np, weights_np, out_width=values_rv.shape[1])
 
 
 def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     """See `reference.bag_dots`."""
-    _check_rows(values_rv, rows_np)
-    if not supported(values_rv) or not values_rv.is_contiguous():
+    check_rows(values_rv, rows_np)
+    if not _readable(values_rv):
         return reference.bag_dots(values_rv, rows_np, vectors_nv)
-    wide, (n, p) = accumulation_dtype(values_rv), rows_np.shape
-    out_np = torch.empty(n, p, dtype=wide)
-    run_split(
-        _dots,
-        even_bounds(n, bytes_per_item=p * values_rv.shape[1] * values_rv.element_size()),
-        as_array(values_rv),
-        as_array(rows_np.contiguous()),
-        as_array(vectors_nv.to(wide).contiguous()),
-        as_array(out_np),
-    )
-    return out_np
+    return _over_bags(_dots, values_rv, rows_np, vectors_nv, out_width=rows_np.shape[1])
 
 
 def row_gradients(
@@ -124,14 +104,39 @@ def reverse_index(rows_np: Tensor) -> ReverseIndex:
     return ReverseIndex(rows_u[:num_rows].copy(), starts[: num_rows + 1].copy(), order)
 
 
-def _check_rows(values_rv: Tensor, rows_np: Tensor) -> None:
-    """A kernel reads whatever lies at a wrong index."""
-    if rows_np.numel() == 0:
+def check_rows(values_rv: Tensor, rows: Tensor) -> None:
+    """A kernel reads and writes whatever lies at a wrong index.
+
+    Raises:
+        IndexError: a row is not in the table.
+    """
+    if rows.numel() == 0:
         return
-    low, high = (int(bound) for bound in rows_np.aminmax())
+    low, high = (int(bound) for bound in rows.aminmax())
     if low < 0 or high >= len(values_rv):
         wrong = low if low < 0 else high
         raise IndexError(f"row {wrong} is not in the table: 0..{len(values_rv) - 1} are")
+
+
+def _readable(values_rv: Tensor) -> bool:
+    return supported(values_rv) and values_rv.is_contiguous()
+
+
+def _over_bags(
+    bag_kernel: Kernel, values_rv: Tensor, rows_np: Tensor, other: Tensor, *, out_width: int
+) -> Tensor:
+    """Run a kernel (values, rows, other, out) over all bags; out is (n, out_width)."""
+    wide, (n, p) = accumulation_dtype(values_rv), rows_np.shape
+    out = torch.empty(n, out_width, dtype=wide)
+    run_split(
+        bag_kernel,
+        even_bounds(n, bytes_per_item=p * values_rv.shape[1] * values_rv.element_size()),
+        as_array(values_rv),
+        as_array(rows_np.contiguous()),
+        as_array(other.to(wide).contiguous()),
+        as_array(out),
+    )
+    return out
 
 
 @kernel

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from strata.ops.precision import accumulation_dtype
+from strata.ops.weighted_bag.cpu import check_rows
 
 LONG_RUN = 256  # uses of one row added up by one program
 _UNROLL = 8  # rows in flight in one program
@@ -25,7 +26,7 @@ _WIDEST_TILE = 1024  # columns of one program
 
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """See `reference.bag_forward`."""
-    _check_rows(rows_np, len(values_rv))
+    _check_rows(values_rv, rows_np)
     n, p = rows_np.shape
     v = values_rv.shape[1]
     out_nv = torch.empty(n, v, dtype=accumulation_dtype(values_rv), device=values_rv.device)
@@ -47,7 +48,7 @@ def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tenso
 
 def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     """See `reference.bag_dots`."""
-    _check_rows(rows_np, len(values_rv))
+    _check_rows(values_rv, rows_np)
     n, p = rows_np.shape
     v = values_rv.shape[1]
     out_np = torch.empty(n, p, dtype=accumulation_dtype(values_rv), device=values_rv.device)
@@ -221,14 +222,9 @@ def _tl_dtype(tensor: Tensor) -> Any:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
-def _check_rows(rows_np: Tensor, num_rows: int) -> None:
-    """A kernel reads whatever lies at a wrong index; on a GPU the check does not stop the host."""
-    if rows_np.device.type == "cuda":
-        if rows_np.numel():
-            torch._assert_async(((rows_np >= 0) & (rows_np < num_rows)).all())
-        return
-    if rows_np.numel():
-        low, high = (int(bound) for bound in rows_np.aminmax())
-        if low < 0 or high >= num_rows:
-            wrong = low if low < 0 else high
-            raise IndexError(f"row {wrong} is not in the table: 0..{num_rows - 1} are")
+def _check_rows(values_rv: Tensor, rows_np: Tensor) -> None:
+    """On a GPU the check does not stop the host; a wrong row ends the process there."""
+    if rows_np.device.type != "cuda":
+        check_rows(values_rv, rows_np)
+    elif rows_np.numel():
+        torch._assert_async(((rows_np >= 0) & (rows_np < len(values_rv))).all())
