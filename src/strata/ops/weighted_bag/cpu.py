@@ -96,12 +96,8 @@ def reverse_index(rows_np: Tensor) -> ReverseIndex:
     low, high = (int(bound) for bound in rows_np.aminmax())
     if low < 0:
         raise IndexError(f"row {low} is negative")
-    keys = np.empty(len(rows_q), np.uint32 if high < 1 << 32 else np.uint64)
-    order = np.empty(len(rows_q), np.uint32 if len(rows_q) < 1 << 32 else np.uint64)
-    _radix_sort(rows_q, max(1, high.bit_length()), keys, order)
-    starts, rows_u = np.empty(len(keys) + 1, np.int64), np.empty(len(keys), np.int64)
-    num_rows = _find_runs(keys, starts, rows_u)
-    return ReverseIndex(rows_u[:num_rows].copy(), starts[: num_rows + 1].copy(), order)
+    keys, order = _radix_sort(rows_q, num_bits=max(1, high.bit_length()))
+    return _find_runs(keys, order)
 
 
 def check_rows(values_rv: Tensor, rows: Tensor) -> None:
@@ -226,51 +222,93 @@ def _add_picks(begin, end, order, num_picks, weights, grad_out, total):  # type:
             total[j] += weight * row[j]
 
 
-@kernel
-def _radix_sort(rows, num_bits, keys_out, order_out):  # type: ignore[no-untyped-def]
-    """Stable sort by the lowest `num_bits` bits, 11 or fewer at a time."""
-    num_passes = (num_bits + 10) // 11
-    digit_bits = (num_bits + num_passes - 1) // num_passes
-    num_digits = 1 << digit_bits
-    mask = np.uint64(num_digits - 1)
-    places = np.zeros((num_passes, num_digits), np.int64)
-    for i in range(len(rows)):
-        key = np.uint64(rows[i])
-        for number in range(num_passes):
-            places[number, (key >> np.uint64(number * digit_bits)) & mask] += 1
+def _radix_sort(rows_q: np.ndarray, *, num_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stable sort by the lowest `num_bits` bits, 11 or fewer at a time: (sorted rows, order).
+
+    In each pass every thread counts the digits of its part of the picks, and then moves them to
+    where the counts of all parts say; the order does not depend on how many parts there are.
+    """
+    num_passes = -(-num_bits // 11)
+    digit_bits = -(-num_bits // num_passes)
+    bounds = even_bounds(len(rows_q), bytes_per_item=16)
+    starts = np.array(bounds[:-1], np.int64)
+    key_type = np.uint32 if num_bits <= 32 else np.uint64
+    order_type = np.uint32 if len(rows_q) < 1 << 32 else np.uint64
+    keys, order = rows_q, np.empty(0, order_type)  # the first pass makes its order
+    spare: list[np.ndarray] = []
     for number in range(num_passes):
-        before = 0
-        for digit in range(num_digits):
-            count = places[number, digit]
-            places[number, digit] = before
-            before += count
+        counts = np.zeros((len(starts), 1 << digit_bits), np.int64)
+        run_split(_count_digits, bounds, keys, number * digit_bits, starts, counts)
+        # Where each part's picks of a digit begin: after lower digits, and after earlier parts.
+        ends = counts.T.reshape(-1).cumsum().reshape(counts.T.shape).T
+        to_keys = spare.pop() if len(spare) > 1 else np.empty(len(rows_q), key_type)
+        to_order = spare.pop() if spare else np.empty(len(rows_q), order_type)
+        run_split(
+            _move,
+            bounds,
+            keys,
+            order,
+            number * digit_bits,
+            starts,
+            ends - counts,
+            to_keys,
+            to_order,
+        )
+        spare = [order, keys] if number > 0 else []
+        keys, order = to_keys, to_order
+    return keys, order
 
-    # Two pairs of buffers take turns, so that the last pass ends in the outputs.
-    keys, order = np.empty_like(keys_out), np.empty_like(order_out)
-    to_outputs = num_passes % 2 == 1
-    first_keys, first_order = (keys, order) if to_outputs else (keys_out, order_out)
-    for i in range(len(rows)):
-        first_keys[i], first_order[i] = rows[i], i
-    for number in range(num_passes):
-        from_keys, from_order = (keys, order) if to_outputs else (keys_out, order_out)
-        to_keys, to_order = (keys_out, order_out) if to_outputs else (keys, order)
-        to_outputs = not to_outputs
-        shift, next_places = np.uint64(number * digit_bits), places[number]
-        for i in range(len(rows)):
-            key = from_keys[i]
-            bucket = (np.uint64(key) >> shift) & mask
-            to = next_places[bucket]
-            next_places[bucket] = to + 1
-            to_keys[to], to_order[to] = key, from_order[i]
+
+def _find_runs(keys: np.ndarray, order: np.ndarray) -> ReverseIndex:
+    """The index of sorted rows."""
+    bounds = even_bounds(len(keys), bytes_per_item=16)
+    parts = np.array(bounds[:-1], np.int64)
+    counts = np.zeros(len(parts), np.int64)
+    run_split(_count_runs, bounds, keys, parts, counts)
+    ends = counts.cumsum()
+    starts, rows_u = np.empty(ends[-1] + 1, np.int64), np.empty(ends[-1], np.int64)
+    run_split(_mark_runs, bounds, keys, parts, ends - counts, starts, rows_u)
+    starts[-1] = len(keys)
+    return ReverseIndex(rows_u, starts, order)
 
 
 @kernel
-def _find_runs(keys, starts, rows):  # type: ignore[no-untyped-def]
-    """Starts of the runs of equal keys, with the end behind them, and their keys; how many."""
+def _count_digits(keys, shift, parts, counts, start, stop):  # type: ignore[no-untyped-def]
+    """How often each digit comes in the part of the picks that begins at `start`."""
+    part = np.searchsorted(parts, start)
+    mask = np.uint64(counts.shape[1] - 1)
+    for i in range(start, stop):
+        counts[part, (np.uint64(keys[i]) >> np.uint64(shift)) & mask] += 1
+
+
+@kernel
+def _move(keys, order, shift, parts, places, to_keys, to_order, start, stop):  # type: ignore[no-untyped-def]
+    """Move picks to the places of their digits; without an order yet they are in their own."""
+    part = np.searchsorted(parts, start)
+    mask = np.uint64(places.shape[1] - 1)
+    ordered = len(order) > 0
+    for i in range(start, stop):
+        digit = (np.uint64(keys[i]) >> np.uint64(shift)) & mask
+        to = places[part, digit]
+        places[part, digit] = to + 1
+        to_keys[to] = keys[i]
+        to_order[to] = order[i] if ordered else i
+
+
+@kernel
+def _count_runs(keys, parts, counts, start, stop):  # type: ignore[no-untyped-def]
+    """How many runs of equal keys begin in the part that begins at `start`."""
     count = 0
-    for i in range(len(keys)):
+    for i in range(start, stop):
+        count += i == 0 or keys[i] != keys[i - 1]
+    counts[np.searchsorted(parts, start)] = count
+
+
+@kernel
+def _mark_runs(keys, parts, places, starts, rows, start, stop):  # type: ignore[no-untyped-def]
+    """Write where runs begin, and their keys."""
+    place = places[np.searchsorted(parts, start)]
+    for i in range(start, stop):
         if i == 0 or keys[i] != keys[i - 1]:
-            starts[count], rows[count] = i, keys[i]
-            count += 1
-    starts[count] = len(keys)
-    return count
+            starts[place], rows[place] = i, keys[i]
+            place += 1
