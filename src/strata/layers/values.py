@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from strata.ops.pages import use_huge_pages
 from strata.ops.weighted_bag import UseQueue
 
 
@@ -47,6 +48,7 @@ class ValueTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
         self.queue = UseQueue()
         self.queued = False
+        use_huge_pages(self.weight.detach())
         self.reset_parameters()
 
     @property

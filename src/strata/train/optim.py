@@ -14,6 +14,7 @@ from torch import nn
 from strata.config import FrozenConfig
 from strata.layers import ValueTable, value_tables
 from strata.ops import UseQueue, collect_uses, row_update
+from strata.ops.pages import use_huge_pages
 from strata.ops.row_update import TableGradients, new_state
 
 Rounding = Literal["nearest", "stochastic"]
@@ -154,6 +155,9 @@ class RowOptimizer(torch.optim.Optimizer):
         )
         for table in self.tables:
             self.state[table.weight] = new_state(table.weight, algorithm=algorithm)
+            use_huge_pages(table.weight.detach(), collapse=True)
+            for tensor in self.state[table.weight].values():
+                use_huge_pages(tensor)
             table.queue, table.queued = UseQueue(), True
         taken = [(table, table.queue) for table in self.tables]
         self._release = weakref.finalize(self, _give_back, taken)
