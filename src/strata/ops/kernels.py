@@ -29,6 +29,7 @@ except ImportError:  # no wheel of numba for this Python or processor
 
 AVAILABLE = intrinsics is not None
 prefetch_row: Any = getattr(intrinsics, "prefetch_row", None)
+row_noise: Any = getattr(intrinsics, "row_noise", None)
 store: Any = getattr(intrinsics, "store", None)
 widen: Any = getattr(intrinsics, "widen", None)
 

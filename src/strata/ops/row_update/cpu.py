@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strata.ops.kernels import as_array, kernel, prefetch_row, store, supported, widen
+from strata.ops.kernels import as_array, kernel, prefetch_row, row_noise, store, supported, widen
 from strata.ops.precision import accumulation_dtype
 from strata.ops.row_update import reference
 from strata.ops.row_update.reference import ALGORITHMS, TableGradients, UpdateRule
@@ -39,12 +39,12 @@ class QueuedGradients:
 
     def __init__(self, uses: Sequence[Use]) -> None:
         wide = accumulation_dtype(uses[0].grad_out_nv)
-        rows_np = torch.cat([use.rows_np for use in uses])
-        weights_np = torch.cat([use.weights_np for use in uses]).to(wide)
+        rows_np = _joined([use.rows_np for use in uses])
+        weights_np = _joined([use.weights_np for use in uses]).to(wide)
         self.num_picks = max(1, rows_np.shape[1])
         self.index = reverse_index(rows_np)
         self.weights_q = as_array(weights_np).reshape(-1)
-        self.grad_out_nv = as_array(torch.cat([use.grad_out_nv for use in uses]).to(wide))
+        self.grad_out_nv = as_array(_joined([use.grad_out_nv for use in uses]).to(wide))
         self.rows_u = torch.from_numpy(self.index.rows_u)
         self._squares: np.ndarray | None = None
 
@@ -136,6 +136,11 @@ def row_update(
         gradients.update(values_rv, state, rule)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """All parts in one tensor, contiguous; a single one is not copied."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))
+
+
 @kernel
 def _square(starts, order, num_picks, weights, grad_out, squares, start, stop):  # type: ignore[no-untyped-def]
     """Squared length of each row's gradient."""
@@ -186,7 +191,7 @@ def _update(  # type: ignore[no-untyped-def]
                 prefetch_row(first_base, ahead, width * first.itemsize)
                 prefetch_row(second_base, ahead, width * second.itemsize)
         number = np.uint64(rows[u])
-        row = values[number]
+        row, noise = values[number], row_noise(seed, number)
         add_run(starts[u], starts[u + 1], order, num_picks, weights, grad_out, part, total)
         square = squares.dtype.type(0)
         for j in range(width):
@@ -202,11 +207,11 @@ def _update(  # type: ignore[no-untyped-def]
                 mean[j] += (one - beta1) * (gradient - mean[j])
                 mean_square[j] += (one - beta2) * (gradient * gradient - mean_square[j])
                 step = (mean[j] / mean_share) / (np.sqrt(mean_square[j] / square_share) + eps)
-                store(row, j, widen(row[j]) - lr * step, seed, number)
+                store(row, j, widen(row[j]) - lr * step, noise)
         else:
             factor = lr * scale
             if algorithm == _ADAGRAD:
                 first[number, 0] += scale * scale * square / squares.dtype.type(width)
                 factor = factor / (np.sqrt(first[number, 0]) + eps)
             for j in range(width):
-                store(row, j, widen(row[j]) - factor * total[j], seed, number)
+                store(row, j, widen(row[j]) - factor * total[j], noise)
