@@ -77,6 +77,54 @@ def bits_of(_context: Any, number: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+def _compare_16(compare_name: str, relation: str) -> Any:
+    """An intrinsic (address, bound): which of 16 numbers stand in a relation to the bound.
+
+    The result has a bit for each number, the first one's lowest.
+    """
+
+    @intrinsic
+    def compare(_context: Any, address: Any, bound: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            number, i32 = arguments[1].type, ir.IntType(32)
+            vector = ir.VectorType(number, 16)
+            pointer = builder.inttoptr(arguments[0], vector.as_pointer())
+            numbers = builder.load(pointer, align=bound.bitwidth // 8)
+            one = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[1], i32(0))
+            zeros = ir.Constant(ir.VectorType(i32, 16), [0] * 16)
+            bounds = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+            found = getattr(builder, compare_name)(relation, numbers, bounds)
+            return builder.zext(builder.bitcast(found, ir.IntType(16)), i32)
+
+        return types.uint32(types.uintp, bound), generate
+
+    return compare
+
+
+above_16 = _compare_16("fcmp_ordered", ">")
+not_below_16 = _compare_16("fcmp_unordered", ">=")  # true for NaN
+
+
+@intrinsic
+def num_ones(_context: Any, bits: Any) -> Any:
+    """How many of 32 bits are set."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int32(types.uint32), generate
+
+
+@intrinsic
+def lowest_one(_context: Any, bits: Any) -> Any:
+    """Place of the lowest of 32 bits that is set; one must be."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int32(types.uint32), generate
+
+
 @overload(store)
 def _compiled_store(row, column, number, noise):  # type: ignore[no-untyped-def]
     def plain(row, column, number, noise):  # type: ignore[no-untyped-def]

@@ -28,6 +28,10 @@ except ImportError:  # no wheel of numba for this Python or processor
     intrinsics = None  # type: ignore[assignment]
 
 AVAILABLE = intrinsics is not None
+above_16: Any = getattr(intrinsics, "above_16", None)
+lowest_one: Any = getattr(intrinsics, "lowest_one", None)
+not_below_16: Any = getattr(intrinsics, "not_below_16", None)
+num_ones: Any = getattr(intrinsics, "num_ones", None)
 prefetch_row: Any = getattr(intrinsics, "prefetch_row", None)
 row_noise: Any = getattr(intrinsics, "row_noise", None)
 store: Any = getattr(intrinsics, "store", None)
