@@ -7,6 +7,7 @@ by a reverse index: the picks sorted by row, each run of equal rows one weighted
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +113,7 @@ def reverse_index(rows_np: Tensor) -> ReverseIndex:
     return ReverseIndex(rows_u[:num_rows].copy(), starts[: num_rows + 1].copy(), order)
 
 
-def check_rows(values_rv: Tensor, rows: Tensor) -> None:
+def check_rows(values_rv: Sized, rows: Tensor) -> None:
     """A kernel reads and writes whatever lies at a wrong index.
 
     Raises:
