@@ -11,6 +11,7 @@ from strata.cli.bench import bench_ops, bench_train
 from strata.cli.data import prepare_data
 from strata.cli.eval import evaluate
 from strata.cli.generate import generate
+from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(quantize)
 app.command()(quickstart)
 
 data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=True)
