@@ -98,6 +98,12 @@ class MappedTable(ReadOnlyTable):
             raise ModelError("the value tables are stored as codes already")
         return self._file.blocks(rows_per_block)
 
+    def forget(self) -> None:
+        """Empty the cache, and tell the system that the file's pages are not needed soon."""
+        with self._lock:
+            self._cache.forget()
+            self._file.forget()
+
     @torch.compiler.disable
     def _call(self, read: _Read, rows_np: Tensor, other: Tensor) -> Tensor:
         if torch.is_grad_enabled() and other.requires_grad:

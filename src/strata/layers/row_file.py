@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,13 @@ class RowFile:
             block = torch.from_numpy(self._bytes[begin:end].copy())
             yield block.view(place.dtype).view(stop - first, place.width)
             self._advise("MADV_DONTNEED", begin, end - begin)
+
+    def forget(self) -> None:
+        """Let the system drop the pages that were read, so that the next read is the disk's."""
+        self._advise("MADV_DONTNEED", 0, len(self._map))  # else they count as in use
+        if hasattr(os, "posix_fadvise"):
+            with self.place.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _advise(self, advice: str, begin: int, num_bytes: int) -> None:
         if not hasattr(mmap, advice):

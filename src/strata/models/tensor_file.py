@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,9 @@ class TensorWriter:
         return len(data)
 
     def close(self) -> None:
+        """Close the file when all of it is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
 
     def __enter__(self) -> TensorWriter:
