@@ -5,8 +5,8 @@ value gradient goes by a reverse index like on the CPU: picks sorted by row, one
 equal rows, runs longer than `LONG_RUN` summed in parts first, so that one hot row does not wait for
 one program and the order of summation is always the same. No atomics.
 
-fp8 codes go through the reference, which gathers the rows that are read: Triton loads e4m3fn on some
-generations of GPUs only.
+fp8 codes go through the reference, which gathers the rows that are read: Triton loads e4m3fn on
+some generations of GPUs only.
 """
 
 from __future__ import annotations
