@@ -64,6 +64,9 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "generate",
         "eval",
         "train",
+        "quantize",
+        "generate",
+        "generate",
     ]
     for arguments in shown:
         trains = arguments[1] == "train" and "--dry-run" not in arguments

@@ -13,7 +13,7 @@ from strata.layers import (
     health,
     track_usage,
 )
-from strata.models import install, register_hosts, strata_class
+from strata.models import install, quantize_values, register_hosts, strata_class
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "health",
     "install",
     "optimizers",
+    "quantize_values",
     "strata_class",
     "track_usage",
 ]

@@ -54,6 +54,19 @@ def test_bags_and_dots(
 
 
 @pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("size", SIZES)
+def test_bags_and_dots_of_codes(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    values, rows, weights, vectors = draw(*size, torch.float32)
+    codes = (values * 40).round().to(dtype)
+    wide = codes.float()
+    for name, other in (("bag_forward", weights), ("bag_dots", vectors)):
+        found = getattr(bag_triton, name)(codes, rows, other)
+        expected = getattr(bag_reference, name)(wide, rows, other)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=2e-5)  # entries up to 127
+
+
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES[:2])
 @pytest.mark.parametrize("size", SIZES)
 def test_row_gradients(

@@ -8,6 +8,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
+from strata.bench.decode import DecodeResult
 from strata.bench.ops import OpResult
 from strata.bench.train import TrainResult
 
@@ -53,4 +54,28 @@ def train_table(result: TrainResult, *, device: torch.device) -> Table:
         f"{rates['bare']:,.0f}",
         f"{result.strata_over_bare:.2f} of it is strata",
     )
+    return table
+
+
+def decode_table(results: Sequence[DecodeResult], *, device: torch.device) -> Table:
+    """Milliseconds of one decoding step for each storage of the table."""
+    threads = torch.get_num_threads()
+    table = Table(title=f"one token a sequence on {device}, {threads} threads, medians in ms")
+    for column in ("sequences", "value table"):
+        table.add_column(column)
+    for column in ("step", "memory layers", "share", "times float32"):
+        table.add_column(column, justify="right")
+    before = None
+    for result in results:
+        if before not in (None, result.batch):
+            table.add_section()
+        table.add_row(
+            str(result.batch) if before != result.batch else "",
+            result.storage,
+            f"{result.step_ms:,.2f}",
+            f"{result.memory_ms:,.2f}",
+            f"{result.memory_share:.0%}",
+            f"{result.memory_over_float32:.2f}",
+        )
+        before = result.batch
     return table

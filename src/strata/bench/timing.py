@@ -17,6 +17,7 @@ def race(
     rounds: int,
     device: torch.device,
     on_round: Callable[[], None] | None = None,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
     """Median milliseconds of each contestant.
 
@@ -28,12 +29,15 @@ def race(
         rounds: rounds that count.
         device: waited for after each run.
         on_round: called after each round.
+        prepare: what some contestants need right before each run, not timed.
     """
     names = list(contestants)
     times_ms: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(rounds + 1):
         shift = round_number % len(names)
         for name in names[shift:] + names[:shift]:
+            if prepare is not None and name in prepare:
+                prepare[name]()
             wait_for(device)
             start_s = time.perf_counter()
             contestants[name]()

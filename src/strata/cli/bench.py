@@ -74,3 +74,32 @@ def bench_train(
         print(json.dumps(result.as_dict(), indent=1))
     else:
         Console().print(train_table(result, device=target))
+
+
+def bench_decode(
+    size: Annotated[
+        str, typer.Option(help="small (seconds), full (12 GB of memory, 5 GB of disk)")
+    ] = "full",
+    rounds: Annotated[int, typer.Option(help="steps of each contestant that count")] = 15,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
+) -> None:
+    """Time decoding one token at a time, with the value table in memory, quantized and mapped."""
+    from rich.console import Console
+
+    from strata.bench.decode import SIZES
+    from strata.bench.decode import bench_decode as run
+    from strata.bench.report import decode_table
+    from strata.device import pick_device
+
+    if size not in SIZES:
+        raise ConfigError(f"no size {size!r}: give one of {', '.join(SIZES)}")
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds} is not allowed: give 1 or more")
+    target = pick_device(device)
+    with Console(stderr=True).status("starting") as status:
+        results = run(SIZES[size], device=target, rounds=rounds, on_progress=status.update)
+    if as_json:
+        print(json.dumps([result.as_dict() for result in results], indent=1))
+    else:
+        Console().print(decode_table(results, device=target))

@@ -106,6 +106,10 @@ def evaluate(
     limit: int | None = typer.Option(None, help="First questions of each task or file only."),
     batch_size: int = typer.Option(16, help="Sequences of one forward pass."),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
+    values: str | None = typer.Option(
+        None, help="Value tables: int8, fp8 or mapped (left on disk); default: as saved."
+    ),
+    cache_gb: float = typer.Option(1.0, help="Memory for hot rows of mapped tables, GiB."),
     out: Path | None = typer.Option(None, help="JSON file for the figures and every answer."),
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
 ) -> None:
@@ -138,7 +142,7 @@ def evaluate(
     questions = _read_questions(request)
     texts = [path for path in request.loss if _must_exist(path)]
     task_set = _find_tasks(request)
-    opened, tokenizer = open_model(model, device=device)
+    opened, tokenizer = open_model(model, device=device, values=values, cache_gb=cache_gb)
 
     measures: list[Measure] = []
     records: dict[str, list[dict[str, Any]]] = {}

@@ -83,6 +83,10 @@ def generate(
     seed: int = typer.Option(0, help="Of the random numbers."),
     num_samples: int = typer.Option(1, help="Continuations to draw."),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
+    values: str | None = typer.Option(
+        None, help="Value tables: int8, fp8 or mapped (left on disk); default: as saved."
+    ),
+    cache_gb: float = typer.Option(1.0, help="Memory for hot rows of mapped tables, GiB."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a stream."),
 ) -> None:
     """Continue a prompt; the text goes to standard output, the speed to standard error."""
@@ -100,7 +104,7 @@ def generate(
 
     from strata.cli.device import open_model
 
-    opened, tokenizer = open_model(model, device=device)
+    opened, tokenizer = open_model(model, device=device, values=values, cache_gb=cache_gb)
     ids_bt = _encode(opened, tokenizer, text)
     room = _room(opened, ids_bt.shape[1], asked=max_new_tokens)
     config = replace(config, max_new_tokens=room)

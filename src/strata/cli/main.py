@@ -7,10 +7,11 @@ import sys
 
 import typer
 
-from strata.cli.bench import bench_ops, bench_train
+from strata.cli.bench import bench_decode, bench_ops, bench_train
 from strata.cli.data import prepare_data
 from strata.cli.eval import evaluate
 from strata.cli.generate import generate
+from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(quantize)
 app.command()(quickstart)
 
 data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=True)
@@ -35,6 +37,7 @@ app.add_typer(data_app, name="data")
 bench_app = typer.Typer(help="Speed, beside the rivals.", no_args_is_help=True)
 bench_app.command("ops")(bench_ops)
 bench_app.command("train")(bench_train)
+bench_app.command("decode")(bench_decode)
 app.add_typer(bench_app, name="bench")
 
 tokenizer_app = typer.Typer(help="A vocabulary of one's own.", no_args_is_help=True)

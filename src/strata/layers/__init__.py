@@ -5,22 +5,33 @@ May import ops only.
 
 from strata.layers.config import MemoryLayerConfig
 from strata.layers.health import LayerHealth, health, memory_layers, track_usage
-from strata.layers.install import insert_memory, value_tables
+from strata.layers.install import MakeTable, insert_memory, replace_tables, value_tables
 from strata.layers.keys import ProductKeys
+from strata.layers.mapped import MappedTable, cache_counts
 from strata.layers.peer import PEER
 from strata.layers.product_key import ProductKeyMemory
-from strata.layers.values import ValueTable
+from strata.layers.row_file import RowPlace
+from strata.layers.stored import QuantizedTable, ReadOnlyTable
+from strata.layers.values import RowTable, ValueTable
 
 __all__ = [
     "PEER",
     "LayerHealth",
+    "MakeTable",
+    "MappedTable",
     "MemoryLayerConfig",
     "ProductKeyMemory",
     "ProductKeys",
+    "QuantizedTable",
+    "ReadOnlyTable",
+    "RowPlace",
+    "RowTable",
     "ValueTable",
+    "cache_counts",
     "health",
     "insert_memory",
     "memory_layers",
+    "replace_tables",
     "track_usage",
     "value_tables",
 ]

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from strata.config import FrozenConfig
 
 Norm = Literal["none", "rms", "layer"]
+ValueStorage = Literal["float", "int8", "fp8"]
 
 
 class MemoryLayerConfig(FrozenConfig):
@@ -51,6 +52,10 @@ class MemoryLayerConfig(FrozenConfig):
     value_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     freeze_base: bool = Field(default=False, description="train the memory only")
     seed: int = Field(default=0, ge=0)
+    value_storage: ValueStorage = Field(
+        default="float",
+        description="int8 or fp8 in a saved model that was quantized; only float trains",
+    )
 
     @property
     def num_rows(self) -> int:

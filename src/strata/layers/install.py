@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from strata.errors import ConfigError, ModelError
 from strata.layers.config import MemoryLayerConfig
 from strata.layers.peer import PEER
 from strata.layers.product_key import ProductKeyMemory
-from strata.layers.values import Factory, ValueTable
+from strata.layers.stored import QuantizedTable
+from strata.layers.values import Factory, RowTable, ValueTable
+
+# Makes the table of a number: `make(0)` is what becomes `memory_values.0`.
+MakeTable = Callable[[int], RowTable]
 
 TABLES = "memory_values"  # where the decoder keeps its value tables, each exactly once
 
@@ -25,12 +31,19 @@ class Beside(nn.Module):
         return self.mlp(hidden) + self.memory(hidden)
 
 
-def insert_memory(model: nn.Module, config: MemoryLayerConfig) -> None:
+def insert_memory(
+    model: nn.Module, config: MemoryLayerConfig, *, make_table: MakeTable | None = None
+) -> None:
     """Put memory layers into a Hugging Face decoder, in place.
 
     Each named layer's `mlp` is replaced, or kept with the memory beside it. Value tables become
     children of the decoder (`memory_values.0`, ...), so a checkpoint holds a shared table once.
     New weights take the device of the replaced layer's weights and their dtype.
+
+    Args:
+        model: the decoder.
+        config: which layers, and what kind of memory.
+        make_table: where the value tables come from; None makes new ones.
 
     Raises:
         ConfigError: a layer index is out of range, or a width cannot be met.
@@ -63,23 +76,48 @@ def insert_memory(model: nn.Module, config: MemoryLayerConfig) -> None:
         sample = next(old.parameters())
         if place == 0 or not config.share_values:
             for _ in range(per_layer):
-                tables.append(
-                    ValueTable(config.num_rows, width, device=sample.device, dtype=sample.dtype)
-                )
-        mine = [t for t in tables[-per_layer:] if isinstance(t, ValueTable)]
+                if make_table is None:
+                    tables.append(_new_table(config, width, sample))
+                else:
+                    tables.append(make_table(len(tables)))
+        mine = [t for t in tables[-per_layer:] if isinstance(t, RowTable)]
         memory = _memory(hidden_dim, config, mine, sample)
         new = memory if config.placement == "replace" else Beside(old, memory)
         layer.set_submodule("mlp", new.train(model.training))
     setattr(decoder, TABLES, tables.train(model.training))
 
 
-def value_tables(model: nn.Module) -> dict[str, ValueTable]:
+def value_tables(model: nn.Module) -> dict[str, RowTable]:
     """The value tables in a model by name, each once however many layers share it."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, ValueTable)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, RowTable)}
+
+
+def replace_tables(model: nn.Module, make: Callable[[RowTable], RowTable]) -> None:
+    """Put another table in the place of each, wherever a layer reads it, one after the other.
+
+    Args:
+        model: any module with memory layers.
+        make: gives the new table of an old one, of the same size.
+    """
+    for name in list(value_tables(model)):
+        old = model.get_submodule(name)
+        assert isinstance(old, RowTable)
+        new = make(old)
+        for module in list(model.modules()):
+            if isinstance(module, ProductKeyMemory | PEER) and old in module.tables:
+                module.use_tables([new if t is old else t for t in module.tables])
+        if model.get_submodule(name) is old:
+            model.set_submodule(name, new)
+
+
+def _new_table(config: MemoryLayerConfig, width: int, sample: Tensor) -> RowTable:
+    if config.value_storage == "float":
+        return ValueTable(config.num_rows, width, device=sample.device, dtype=sample.dtype)
+    return QuantizedTable(config.num_rows, width, config.value_storage, device=sample.device)
 
 
 def _memory(
-    hidden_dim: int, config: MemoryLayerConfig, tables: list[ValueTable], sample: Tensor
+    hidden_dim: int, config: MemoryLayerConfig, tables: list[RowTable], sample: Tensor
 ) -> ProductKeyMemory | PEER:
     factory: Factory = {"device": sample.device, "dtype": sample.dtype}
     if config.kind == "peer":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from operator import is_not
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch.nn import functional as F
 from strata.layers.config import MemoryLayerConfig, Norm
 from strata.layers.values import Factory
 from strata.ops import product_key_topk
+from strata.ops.dispatch import unwatched
 from strata.ops.precision import accumulation_dtype, without_autocast
 
 
@@ -52,6 +56,7 @@ class ProductKeys(nn.Module):
             config.key_norm, self.half_dim, scale=self.half_dim**-0.5, **factory
         )
         self.row_order = _row_order(config)
+        self._kept: KeptKeys | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -79,7 +84,7 @@ class ProductKeys(nn.Module):
         """The raw picks: scores (n, h, k) in fp32, descending, and rows (n, h, k)."""
         query_nhsd = self.query(hidden_nd).unflatten(-1, (self.num_heads, 2, self.half_dim))
         with without_autocast(hidden_nd.device):
-            query_nhsd, keys_hsmd = self.query_norm(query_nhsd), self.key_norm(self.half_keys)
+            query_nhsd, keys_hsmd = self.query_norm(query_nhsd), self._normed_keys()
             scores_nhk, rows_nhk = product_key_topk(query_nhsd, keys_hsmd, top_k=self.top_k)
         if self.row_order is not None:
             factor, offset = self.row_order
@@ -91,6 +96,49 @@ class ProductKeys(nn.Module):
             f"heads={self.num_heads}, top_k={self.top_k}, half_keys={self.num_half_keys}, "
             f"half_dim={self.half_dim}"
         )
+
+    def _normed_keys(self) -> Tensor:
+        """The normalised half-keys; without gradients kept from one decoded token to the next.
+
+        Normalising all keys costs about as much as looking one token up. What is kept holds until
+        a parameter is replaced or written to. Fused optimizers do not count their writes, so
+        nothing is kept in training, and any forward pass with gradients drops what is there.
+        """
+        sources = (self.half_keys, *self.key_norm.parameters())
+        if torch.compiler.is_compiling():
+            return self.key_norm(self.half_keys)
+        if self.training or torch.is_grad_enabled() or any(_uncounted(s) for s in sources):
+            self._kept = None
+            return self.key_norm(self.half_keys)
+        if not unwatched(*sources):
+            return self.key_norm(self.half_keys)
+        marks = [(source.data_ptr(), source._version) for source in sources]
+        kept = self._kept
+        if kept is None or kept.marks != marks or any(map(is_not, kept.sources, sources)):
+            self._kept = kept = KeptKeys(sources, marks, self.key_norm(self.half_keys))
+        return kept.keys_hsmd
+
+    def train(self, mode: bool = True) -> ProductKeys:
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a copy makes its own
+
+
+@dataclass(frozen=True)
+class KeptKeys:
+    """Normalised half-keys, and what they were made from; `marks` change with every write."""
+
+    sources: tuple[Tensor, ...]
+    marks: list[tuple[int, int]]
+    keys_hsmd: Tensor
+
+
+def _uncounted(source: Tensor) -> bool:
+    """Whether a parameter may change unseen: an optimizer's turn is near, or it counts nothing."""
+    return source.grad is not None or source.is_inference()
 
 
 class HalfNorm(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,8 +12,7 @@ from strata.layers.config import MemoryLayerConfig
 from strata.layers.keys import ProductKeys
 from strata.layers.product_key import ScalarGate, even_half
 from strata.layers.usage import RowUsage
-from strata.layers.values import Factory, ValueTable
-from strata.ops import row_dots, weighted_bag
+from strata.layers.values import Factory, RowTable
 
 
 class PEER(nn.Module):
@@ -34,8 +35,8 @@ class PEER(nn.Module):
         self,
         hidden_dim: int,
         config: MemoryLayerConfig,
-        down: ValueTable,
-        up: ValueTable,
+        down: RowTable,
+        up: RowTable,
         *,
         own_values: bool = True,
         device: torch.device | str | None = None,
@@ -61,9 +62,16 @@ class PEER(nn.Module):
         self.usage: RowUsage | None = None
 
     @property
-    def tables(self) -> tuple[ValueTable, ValueTable]:
+    def tables(self) -> tuple[RowTable, RowTable]:
         """The tables of u and v."""
         return self._tables
+
+    def use_tables(self, tables: Sequence[RowTable]) -> None:
+        """Read other tables of u and v from now on, of the same size."""
+        down, up = tables
+        if hasattr(self, "down"):
+            self.down, self.up = down, up
+        self._tables = (down, up)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., d), in the dtype of `hidden`."""
@@ -72,7 +80,7 @@ class PEER(nn.Module):
         rows_np, weights_np = self.keys(self.input_dropout(hidden_nd))
         if self.usage is not None and self.training:
             self.usage.count(rows_np)
-        units_np = F.gelu(row_dots(down.weight, rows_np, hidden_nd, queue=down.active_queue))
-        out_nd = weighted_bag(up.weight, rows_np, weights_np * units_np, queue=up.active_queue)
+        units_np = F.gelu(down.dots(rows_np, hidden_nd))
+        out_nd = up.bag(rows_np, weights_np * units_np)
         out_nd = self.value_dropout(out_nd.to(hidden.dtype))
         return self.scalar_gate(hidden_nd, out_nd).to(hidden.dtype).view_as(hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,8 +11,7 @@ from torch.nn import functional as F
 from strata.layers.config import MemoryLayerConfig
 from strata.layers.keys import ProductKeys
 from strata.layers.usage import RowUsage
-from strata.layers.values import Factory, ValueTable
-from strata.ops import weighted_bag
+from strata.layers.values import Factory, RowTable
 
 
 class ProductKeyMemory(nn.Module):
@@ -33,7 +34,7 @@ class ProductKeyMemory(nn.Module):
         self,
         hidden_dim: int,
         config: MemoryLayerConfig,
-        values: ValueTable,
+        values: RowTable,
         *,
         own_values: bool = True,
         device: torch.device | str | None = None,
@@ -61,9 +62,21 @@ class ProductKeyMemory(nn.Module):
         self.reset_parameters()
 
     @property
-    def table(self) -> ValueTable:
+    def table(self) -> RowTable:
         """The value table this layer reads."""
         return self._table[0]
+
+    @property
+    def tables(self) -> tuple[RowTable, ...]:
+        """The same, as PEER has it."""
+        return self._table
+
+    def use_tables(self, tables: Sequence[RowTable]) -> None:
+        """Read another table from now on, of the same size."""
+        (table,) = tables
+        if hasattr(self, "values"):
+            self.values = table
+        self._table = (table,)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -78,7 +91,7 @@ class ProductKeyMemory(nn.Module):
         rows_np, weights_np = self.keys(self.input_dropout(hidden_nd))
         if self.usage is not None and self.training:
             self.usage.count(rows_np)
-        bag_nv = weighted_bag(self.table.weight, rows_np, weights_np, queue=self.table.active_queue)
+        bag_nv = self.table.bag(rows_np, weights_np)
         out_nv = self.value_dropout(bag_nv.to(hidden.dtype))
         if self.value_gate is not None:
             out_nv = out_nv * F.silu(self.value_gate(hidden_nd))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from strata.ops.pages import use_huge_pages
-from strata.ops.weighted_bag import UseQueue
+from strata.ops.weighted_bag import UseQueue, row_dots, weighted_bag
 
 
 class Factory(TypedDict):
@@ -18,7 +19,44 @@ class Factory(TypedDict):
     dtype: torch.dtype | None
 
 
-class ValueTable(nn.Module):
+class RowTable(nn.Module):
+    """What memory layers read: rows, however they are stored.
+
+    `ValueTable` is the one that trains; `strata.layers.stored` and `mapped` hold the others.
+
+    Attributes:
+        storage: "float", "int8", "fp8" or "mapped".
+    """
+
+    storage: str
+
+    @property
+    def num_rows(self) -> int:
+        """r."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """v, numbers per row."""
+        raise NotImplementedError
+
+    def bag(self, rows_np: Tensor, weights_np: Tensor) -> Tensor:
+        """Weighted sums of rows: (n, p) int64 and (n, p) -> (n, v), see `ops.weighted_bag`."""
+        raise NotImplementedError
+
+    def dots(self, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
+        """Rows times their bag's vector: (n, p) int64 and (n, v) -> (n, p), see `ops.row_dots`."""
+        raise NotImplementedError
+
+    def blocks(self, rows_per_block: int) -> Iterable[Tensor]:
+        """All rows in order as floats, some at a time, (b, v) each."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"num_rows={self.num_rows}, width={self.width}"
+
+
+class ValueTable(RowTable):
     """A trainable table of rows, read by index and updated only where it was read.
 
     Without a row optimizer the table's gradient is a sparse COO tensor in `weight.grad`, so
@@ -35,6 +73,8 @@ class ValueTable(nn.Module):
         queue: uses since the last update, see `strata.ops.UseQueue`.
         queued: whether backward queues instead of writing `weight.grad`.
     """
+
+    storage = "float"
 
     def __init__(
         self,
@@ -71,12 +111,18 @@ class ValueTable(nn.Module):
         super().__setstate__(state)
         self.queued = False
 
-    def extra_repr(self) -> str:
-        return f"num_rows={self.num_rows}, width={self.width}"
-
     def forward(self, rows: Tensor) -> Tensor:
         """Plain lookup of rows (...,) -> (..., v), for inspection; layers read through the ops."""
         return self.weight[rows]
+
+    def bag(self, rows_np: Tensor, weights_np: Tensor) -> Tensor:
+        return weighted_bag(self.weight, rows_np, weights_np, queue=self.active_queue)
+
+    def dots(self, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
+        return row_dots(self.weight, rows_np, vectors_nv, queue=self.active_queue)
+
+    def blocks(self, rows_per_block: int) -> Iterable[Tensor]:
+        return self.weight.detach().split(rows_per_block)
 
     @property
     def active_queue(self) -> UseQueue | None:

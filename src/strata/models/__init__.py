@@ -3,6 +3,7 @@
 from strata.models.build import ModelConfig, build, load
 from strata.models.count import Counts, count
 from strata.models.registration import HOSTS, install, register_hosts, strata_class
+from strata.models.storage import quantize_values
 
 __all__ = [
     "HOSTS",
@@ -12,6 +13,7 @@ __all__ = [
     "count",
     "install",
     "load",
+    "quantize_values",
     "register_hosts",
     "strata_class",
 ]

@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from strata.config import FrozenConfig
+from strata.config import FrozenConfig, validate
 from strata.errors import ConfigError, ModelError
 from strata.layers import MemoryLayerConfig
 from strata.models.registration import install
+from strata.models.storage import VALUES, Values, open_with
 
 DType = Literal["float32", "bfloat16"]
 
@@ -81,24 +82,61 @@ def build(
     return model
 
 
-def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    folder: str | Path, *, values: Values | None = None, cache_gb: float = 1.0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a saved model and the tokenizer beside it, in the dtype it was saved in.
+
+    Args:
+        folder: written by save_pretrained.
+        values: how to hold the value tables: as saved (None), quantized while they are read
+            ("int8", "fp8"), or left on disk and read row by row ("mapped").
+        cache_gb: memory for the hot rows of mapped tables, all together, GiB.
 
     Raises:
         ModelError: not a model folder, or damaged; one line says what to do.
+        ConfigError: `values` or `cache_gb` is not allowed, or does not fit this model.
     """
+    if values is not None and values not in VALUES:
+        raise ConfigError(f"no value storage {values!r}: give one of {', '.join(VALUES)}")
+    if not 0 < cache_gb < float("inf"):
+        raise ConfigError(f"a cache of {cache_gb} GB is not allowed: give more than 0")
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"no model folder at {folder}: give a folder written by save_pretrained")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json: give a folder written by save_pretrained")
-    model = _open(str(folder), dtype="auto")
+    if values is None:
+        model = _open(str(folder), dtype="auto")
+    else:
+        memory = saved_memory(folder)
+        model = open_with(
+            lambda: _open(str(folder), dtype="auto"),
+            folder,
+            memory,
+            values=values,
+            cache_gb=cache_gb,
+        )
     model.eval()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception on a damaged file
         raise ModelError(f"no tokenizer can be opened in {folder}: {_one_line(error)}") from None
     return model, tokenizer
+
+
+def saved_memory(folder: Path) -> MemoryLayerConfig:
+    """The memory layers in the configuration of a saved model.
+
+    Raises:
+        ModelError: the configuration cannot be read, or the model has no memory layers.
+    """
+    _check_weights(folder)
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = tree.get("memory_layers") if isinstance(tree, dict) else None
+    if not isinstance(fields, dict):
+        raise ModelError(f"{folder} has no memory layers, so no value tables to choose for")
+    return validate(MemoryLayerConfig, fields, origin=f"{folder / 'config.json'}: memory_layers")
 
 
 def _open(path: str, *, dtype: Any, **attention: str) -> PreTrainedModel:

@@ -17,7 +17,7 @@ class Counts:
     Attributes:
         params_total: all parameters, shared ones once.
         params_dense: parameters outside value tables.
-        params_values: parameters in value tables.
+        params_values: numbers in value tables, as floats or as codes; scales are not counted.
         params_active: parameters that one token uses: dense ones, and per memory layer the rows
             that it reads.
         flops_per_token: floating-point operations of one token's forward pass, at the mean context
@@ -47,8 +47,10 @@ def count(model: PreTrainedModel, *, sequence_tokens: int) -> Counts:
         model: any decoder, with or without memory.
         sequence_tokens: length T of the causal sequences; token t attends to t positions.
     """
-    total = sum(p.numel() for p in model.parameters())
-    values = sum(table.weight.numel() for table in value_tables(model).values())
+    tables = value_tables(model).values()
+    inside = {id(p) for table in tables for p in table.parameters()}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    values = sum(table.num_rows * table.width for table in tables)  # codes are no parameters
     read = macs = 0
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -61,10 +63,10 @@ def count(model: PreTrainedModel, *, sequence_tokens: int) -> Counts:
             read += _picks(module) * sum(table.width for table in module.tables)
     macs += read + _attention_macs(model, sequence_tokens)
     return Counts(
-        params_total=total,
-        params_dense=total - values,
+        params_total=dense + values,
+        params_dense=dense,
         params_values=values,
-        params_active=total - values + read,
+        params_active=dense + read,
         flops_per_token=2 * macs,
     )
 

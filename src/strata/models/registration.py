@@ -14,13 +14,17 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from strata.errors import ModelError
-from strata.layers import MemoryLayerConfig, insert_memory
+from strata.errors import ConfigError, ModelError
+from strata.layers import MakeTable, MappedTable, MemoryLayerConfig, insert_memory, value_tables
+from strata.layers.install import TABLES
 
 HOSTS: dict[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -33,6 +37,12 @@ HOSTS: dict[str, str] = {
 }
 _SEALED = "vocab_size"
 _SEAL = "needs strata: pip install strata-lm, then import strata"
+
+# Parameters and buffers of value tables, by their names in a saved folder.
+STORED_TABLE = rf"(^|\.){TABLES}\.(\d+)\.(weight|codes|scales)$"
+
+# Where models that are being opened take their value tables from; None: from the folder.
+_make_table: ContextVar[MakeTable | None] = ContextVar("make_table", default=None)
 
 _strata_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 _strata_configs: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
@@ -66,7 +76,22 @@ class MemoryModelMixin:
             raise ModelError(f"{type(config).__name__} without memory_layers: build the host class")
         memory = MemoryLayerConfig.model_validate(config.memory_layers)
         # Freezing belongs to the training run that asked for it, not to everyone who opens it.
-        insert_memory(self, memory.model_copy(update={"freeze_base": False}))  # type: ignore[arg-type]
+        memory = memory.model_copy(update={"freeze_base": False})
+        make_table = _make_table.get()
+        insert_memory(self, memory, make_table=make_table)  # type: ignore[arg-type]
+        if make_table is not None:  # the file's own tables are then nobody's
+            ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None)
+            self._keys_to_ignore_on_load_unexpected = {*(ignored or ()), STORED_TABLE}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a model with mapped tables does not hold what would be saved."""
+        mapped = [t for t in value_tables(self).values() if isinstance(t, MappedTable)]  # type: ignore[arg-type]
+        if mapped:
+            raise ModelError(
+                f"the rows of this model are mapped from {mapped[0].place.path}: copy that folder, "
+                "or open the model without mapping and save it"
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +105,16 @@ class MemoryModelMixin:
                 f"{cls.__name__}, first {missing[0]}: copy or save it again"
             )
         return (model, info) if wants_info else model
+
+
+@contextmanager
+def tables_from(make_table: MakeTable) -> Iterator[None]:
+    """While open, models are built with these value tables, and their saved ones are not read."""
+    token = _make_table.set(make_table)
+    try:
+        yield
+    finally:
+        _make_table.reset(token)
 
 
 def strata_class(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -161,6 +196,11 @@ def install(model: PreTrainedModel, config: MemoryLayerConfig) -> PreTrainedMode
         raise ModelError(
             f"{type(model).__name__} is no text decoder with a language-model head: give a "
             "...ForCausalLM model"
+        )
+    if config.value_storage != "float":
+        raise ConfigError(
+            f"memory.value_storage {config.value_storage} belongs to a saved model: install float "
+            "tables, train them, then quantize"
         )
     insert_memory(model, config)
     subclass = strata_class(type(model))

@@ -1,4 +1,4 @@
-"""What kernels are written with, and numba does not have: bf16 as bits, prefetching, noise.
+"""What kernels are written with, and numba lacks: bf16 and fp8 as bits, prefetching, noise.
 
 Importing this needs numba; `strata.ops.kernels` does without where there is none.
 """
@@ -55,16 +55,31 @@ def prefetch(_context: Any, address: Any) -> Any:
 
 @intrinsic
 def widen(_context: Any, element: Any) -> Any:
-    """bf16 bits to fp32; other elements as they are."""
-    if element != types.uint16:
+    """bf16 bits (uint16), fp8 e4m3 bits (uint8) and int8 to fp32; other elements as they are.
+
+    fp8: shifted by 7 bits, exponent and mantissa are those of an fp16 that is 2^8 too small, its
+    subnormals included. The two NaN codes become +-480.
+    """
+    if element not in (types.uint16, types.uint8, types.int8):
         return element(element), lambda _c, _b, _s, arguments: arguments[0]
+    i16, i32 = ir.IntType(16), ir.IntType(32)
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        i32 = ir.IntType(32)
-        bits = builder.shl(builder.zext(arguments[0], i32), i32(16))
-        return builder.bitcast(bits, ir.FloatType())
+        (value,) = arguments
+        if element == types.int8:
+            return builder.sitofp(value, ir.FloatType())
+        if element == types.uint16:
+            bits = builder.shl(builder.zext(value, i32), i32(16))
+            return builder.bitcast(bits, ir.FloatType())
+        wide = builder.zext(value, i16)
+        sign = builder.shl(builder.and_(wide, i16(0x80)), i16(8))
+        rest = builder.shl(builder.and_(wide, i16(0x7F)), i16(7))
+        small = builder.fpext(
+            builder.bitcast(builder.or_(sign, rest), ir.HalfType()), ir.FloatType()
+        )
+        return builder.fmul(small, ir.FloatType()(256.0))
 
-    return types.float32(types.uint16), generate
+    return types.float32(element), generate
 
 
 @intrinsic

@@ -5,8 +5,9 @@ cache beside the source (or in numba's own folder where that cannot be written).
 needed. Where numba cannot be imported `AVAILABLE` is False and the operations run on their
 reference, slower and equal.
 
-Low-precision tables come in as their bits, uint16, because numpy has no bf16: `widen` turns an
-element into fp32 and `store` rounds one back; both leave fp32 and fp64 elements as they are.
+numpy has no bf16 and no fp8, so such tables come in as their bits, uint16 and uint8: `widen` turns
+an element (int8 too) into fp32 and `store` rounds one back to bf16; both leave fp32 and fp64
+elements as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ try:
 except ImportError:  # no wheel of numba for this Python or processor
     intrinsics = None  # type: ignore[assignment]
 
+_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+
 AVAILABLE = intrinsics is not None
 above_16: Any = getattr(intrinsics, "above_16", None)
 lowest_one: Any = getattr(intrinsics, "lowest_one", None)
@@ -44,15 +47,14 @@ def kernel(function: Kernel) -> Kernel:
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor; bf16 as its bits."""
+    """The memory of a contiguous CPU tensor; bf16 and fp8 as their bits."""
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.numpy()
+    bits = _BITS.get(tensor.dtype)
+    return (tensor if bits is None else tensor.view(bits)).numpy()
 
 
 def supported(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: numba is there, dtypes fp32, fp64 or bf16, on a CPU."""
+    """Whether the kernels take these: numba is there, fp32, fp64 or bf16, on a CPU."""
     if not AVAILABLE:
         _warn_once()
         return False
@@ -61,6 +63,15 @@ def supported(*tensors: Tensor) -> bool:
         and tensor.dtype in (torch.float32, torch.float64, torch.bfloat16)
         for tensor in tensors
     )
+
+
+def readable(table_rv: Tensor) -> bool:
+    """Whether the kernels that only read a table take it: also int8 and fp8 (e4m3fn) codes."""
+    if not table_rv.is_contiguous():
+        return False
+    if table_rv.dtype in (torch.int8, torch.float8_e4m3fn):
+        return supported() and table_rv.device.type == "cpu"
+    return supported(table_rv)
 
 
 @functools.cache

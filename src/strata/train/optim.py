@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import nn
 
 from strata.config import FrozenConfig
-from strata.layers import ValueTable, value_tables
+from strata.layers import RowTable, ValueTable, value_tables
+from strata.layers.stored import training_error
 from strata.ops import UseQueue, collect_uses, row_update
 from strata.ops.pages import use_huge_pages
 from strata.ops.row_update import TableGradients, new_state
@@ -50,9 +51,14 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Sort a model's trainable parameters; frozen ones are left out."""
-    tables = [t for t in value_tables(model).values() if t.weight.requires_grad]
-    values = {id(table.weight) for table in value_tables(model).values()}
+    """Sort a model's trainable parameters; frozen ones are left out.
+
+    Raises:
+        ModelError: a value table is read-only (int8, fp8 or mapped).
+    """
+    all_tables = _trainable(value_tables(model).values())
+    tables = [table for table in all_tables if table.weight.requires_grad]
+    values = {id(table.weight) for table in all_tables}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in values]
     return ParameterGroups(
         decay=[p for p in dense if p.ndim >= 2],
@@ -123,6 +129,9 @@ class RowOptimizer(torch.optim.Optimizer):
         rounding: how bf16 tables round.
         seed: of stochastic rounding.
 
+    Raises:
+        ModelError: a table is read-only (int8, fp8 or mapped).
+
     Attributes:
         grad_norm: norm over all tables at the last step, before clipping.
         rows_updated: rows changed at the last step, over all tables.
@@ -144,7 +153,7 @@ class RowOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not tables:
             raise ValueError("no value tables given: a RowOptimizer needs at least one")
-        self.tables = list(tables)
+        self.tables = _trainable(tables)
         self.max_norm = max_norm
         self.grad_norm = 0.0
         self.rows_updated = 0
@@ -242,6 +251,16 @@ class RowOptimizer(torch.optim.Optimizer):
             return None
         generator = torch.Generator(device=table.weight.device)
         return generator.manual_seed((self._seed * 1_000_003 + self._steps) * 1_009 + number)
+
+
+def _trainable(tables: Iterable[RowTable]) -> list[ValueTable]:
+    """The same tables, if all of them can be trained."""
+    found = []
+    for table in tables:
+        if not isinstance(table, ValueTable):
+            raise training_error(table.storage)
+        found.append(table)
+    return found
 
 
 def _norm(gradients: Sequence[tuple[ValueTable, TableGradients]]) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from strata.ops.dispatch import implementation
+from strata.ops.dispatch import implementation, unwatched
 from strata.ops.precision import accumulation_dtype
 from strata.ops.product_key_topk.reference import (
     num_staircase_pairs,
@@ -61,7 +61,10 @@ def product_key_topk(query_nhsd: Tensor, keys_hsmd: Tensor, *, top_k: int) -> tu
     """
     _check(query_nhsd, keys_hsmd, top_k)
     wide = accumulation_dtype(query_nhsd)
-    scores_nhk, rows_nhk = _topk(query_nhsd.to(wide), keys_hsmd.to(wide), top_k)
+    query_nhsd, keys_hsmd = query_nhsd.to(wide), keys_hsmd.to(wide)
+    if unwatched(query_nhsd, keys_hsmd):
+        return _score_and_pick(query_nhsd, keys_hsmd, top_k)
+    scores_nhk, rows_nhk = _topk(query_nhsd, keys_hsmd, top_k)
     return scores_nhk, rows_nhk
 
 
@@ -70,19 +73,21 @@ def pick_rows(half_scores_nhsm: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return implementation("product_key_topk", half_scores_nhsm).pick_rows(half_scores_nhsm, top_k)
 
 
-@torch.library.custom_op("strata::product_key_topk", mutates_args=())
-def _topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _score_and_pick(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     n, h, _, _ = query.shape
     m = keys.shape[2]
+    step = max(1, _SCORE_BYTES // (h * 2 * m * query.element_size()))
+    if query.device.type != "cpu" or n <= step:
+        return pick_rows(score_halves(query, keys), top_k)
     scores = query.new_empty(n, h, top_k)
     rows = torch.empty(n, h, top_k, dtype=torch.int64, device=query.device)
-    step = max(1, _SCORE_BYTES // (h * 2 * m * query.element_size()))
-    if query.device.type != "cpu":
-        step = max(1, n)
     for start in range(0, n, step):
         part = slice(start, start + step)
         scores[part], rows[part] = pick_rows(score_halves(query[part], keys), top_k)
     return scores, rows
+
+
+_topk = torch.library.custom_op("strata::product_key_topk", _score_and_pick, mutates_args=())
 
 
 @_topk.register_fake

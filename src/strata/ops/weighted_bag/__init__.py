@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import EffectType
 from torch.utils.flop_counter import register_flop_formula
 
-from strata.ops.dispatch import implementation
+from strata.ops.dispatch import implementation, unwatched
 from strata.ops.precision import accumulation_dtype
 from strata.ops.weighted_bag.queue import Use, UseQueue, queue_of
 
@@ -34,7 +34,8 @@ def weighted_bag(
     """Sum weighted rows of a table, one bag per token: out[n] = sum_p w[n, p] * values[rows[n, p]].
 
     Args:
-        values_rv: the table, (r, v), fp32, bf16 or fp64.
+        values_rv: the table, (r, v), fp32, bf16 or fp64; int8 and fp8 (e4m3fn) can be read, not
+            trained: see `quantized_rows`.
         rows_np: picks, (n, p), int64 in 0..r-1; repeats within a bag add up.
         weights_np: (n, p), float.
         queue: where backward leaves the table's gradient; None gives a sparse `.grad`.
@@ -52,6 +53,8 @@ def weighted_bag(
         raise ValueError(
             f"weights {tuple(weights_np.shape)} do not fit rows {tuple(rows_np.shape)}"
         )
+    if unwatched(values_rv, rows_np, weights_np):
+        return bag_forward(values_rv, rows_np, weights_np)
     return _bag(values_rv, rows_np, weights_np, _number(queue))
 
 
@@ -69,6 +72,8 @@ def row_dots(
             f"vectors {tuple(vectors_nv.shape)} do not fit {rows_np.shape[0]} bags of width "
             f"{values_rv.shape[1]}"
         )
+    if unwatched(values_rv, rows_np, vectors_nv):
+        return implementation("weighted_bag", values_rv).bag_dots(values_rv, rows_np, vectors_nv)
     return _dots(values_rv, rows_np, vectors_nv, _number(queue))
 
 

@@ -19,7 +19,7 @@ def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tenso
     wide = accumulation_dtype(values_rv)
     out_nv = torch.empty(rows_np.shape[0], values_rv.shape[1], dtype=wide, device=values_rv.device)
     for part in _chunks(rows_np, values_rv):
-        gathered_npv = values_rv[rows_np[part]].to(wide)
+        gathered_npv = _rows(values_rv, rows_np[part]).to(wide)
         with without_autocast(values_rv.device):
             out_nv[part] = torch.einsum("np,npv->nv", weights_np[part].to(wide), gathered_npv)
     return out_nv
@@ -30,7 +30,7 @@ def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     wide = accumulation_dtype(values_rv)
     out_np = torch.empty(rows_np.shape, dtype=wide, device=values_rv.device)
     for part in _chunks(rows_np, values_rv):
-        gathered_npv = values_rv[rows_np[part]].to(wide)
+        gathered_npv = _rows(values_rv, rows_np[part]).to(wide)
         with without_autocast(values_rv.device):
             out_np[part] = torch.einsum("npv,nv->np", gathered_npv, vectors_nv[part].to(wide))
     return out_np
@@ -66,3 +66,10 @@ def _chunks(rows_np: Tensor, values_rv: Tensor) -> list[slice]:
     bytes_per_bag = max(1, rows_np.shape[1] * values_rv.shape[1] * 4)
     step = max(1, _CHUNK_BYTES // bytes_per_bag)
     return [slice(start, start + step) for start in range(0, rows_np.shape[0], step)]
+
+
+def _rows(values_rv: Tensor, rows: Tensor) -> Tensor:
+    """values[rows]; fp8 through its bits, for not every build of torch can index it."""
+    if values_rv.dtype == torch.float8_e4m3fn:
+        return values_rv.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+    return values_rv[rows]

@@ -4,6 +4,9 @@ One program per bag and tile of columns; rows are asked for several at a time, s
 value gradient goes by a reverse index like on the CPU: picks sorted by row, one program per run of
 equal rows, runs longer than `LONG_RUN` summed in parts first, so that one hot row does not wait for
 one program and the order of summation is always the same. No atomics.
+
+fp8 codes go through the reference, which gathers the rows that are read: Triton loads e4m3fn on
+some generations of GPUs only.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from strata.ops.precision import accumulation_dtype
+from strata.ops.weighted_bag import reference
 from strata.ops.weighted_bag.cpu import check_rows
 
 LONG_RUN = 256  # uses of one row added up by one program
@@ -27,6 +31,8 @@ _WIDEST_TILE = 1024  # columns of one program
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """See `reference.bag_forward`."""
     _check_rows(values_rv, rows_np)
+    if values_rv.dtype == torch.float8_e4m3fn:
+        return reference.bag_forward(values_rv, rows_np, weights_np)
     n, p = rows_np.shape
     v = values_rv.shape[1]
     out_nv = torch.empty(n, v, dtype=accumulation_dtype(values_rv), device=values_rv.device)
@@ -49,6 +55,8 @@ def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tenso
 def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     """See `reference.bag_dots`."""
     _check_rows(values_rv, rows_np)
+    if values_rv.dtype == torch.float8_e4m3fn:
+        return reference.bag_dots(values_rv, rows_np, vectors_nv)
     n, p = rows_np.shape
     v = values_rv.shape[1]
     out_np = torch.empty(n, p, dtype=accumulation_dtype(values_rv), device=values_rv.device)
