@@ -183,7 +183,7 @@ def layer_case(size: OpSize, device: torch.device) -> Case:
         num_heads=size.heads,
         top_k=size.top_k,
         num_half_keys=size.half_keys,
-        key_dim=size.width // 2 // 2 * 2,
+        key_dim=2 * size.half_key_dim,
         gate="none",
     )
     table = ValueTable(size.rows, size.width, device=device, dtype=size.dtype)

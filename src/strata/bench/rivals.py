@@ -141,33 +141,44 @@ def layer_rivals(size: OpSize, hidden: Tensor) -> Rivals:
 
         return Contestant(step, step)
 
-    def product_key_memory() -> Contestant:
-        package = importlib.import_module("product_key_memory")
-        layer = package.PKM(
-            dim=size.width,
-            heads=size.heads,
-            num_keys=size.half_keys,
-            topk=size.top_k,
-            dim_head=size.width // 4,
-        )
-        return trained(layer)
-
-    def peer() -> Contestant:
-        package = importlib.import_module("PEER_pytorch")
-        layer = package.PEER(
-            dim=size.width,
-            heads=size.heads,
-            num_experts=size.rows,
-            num_experts_per_head=size.top_k,
-            dim_key=size.width // 4,
-        )
-        return trained(layer)
-
     return _make(
         {
-            "product-key-memory": (4 * size.table_bytes, product_key_memory),
-            "PEER-pytorch (two tables)": (8 * size.table_bytes + 6 * _gathered_bytes(size), peer),
+            "product-key-memory": (
+                4 * size.table_bytes,
+                lambda: trained(product_key_memory(size)),
+            ),
+            "PEER-pytorch (two tables)": (
+                8 * size.table_bytes + 6 * _gathered_bytes(size),
+                lambda: trained(peer(size)),
+            ),
         }
+    )
+
+
+# Both packages name the width of ONE half-key, `PKM(dim_head=)` and `PEER(dim_key=)`; strata's
+# `key_dim` is both halves together. So each layer scores h * 2 * m half-keys of `half_key_dim`.
+
+
+def product_key_memory(size: OpSize) -> torch.nn.Module:
+    """lucidrains' PKM with as many half-keys, of the same width, and as many picks as ours."""
+    return importlib.import_module("product_key_memory").PKM(
+        dim=size.width,
+        heads=size.heads,
+        num_keys=size.half_keys,
+        topk=size.top_k,
+        dim_head=size.half_key_dim,
+    )
+
+
+def peer(size: OpSize) -> torch.nn.Module:
+    """lucidrains' PEER; its default, non-competing scores, keeps one expert a head of the top-k."""
+    return importlib.import_module("PEER_pytorch").PEER(
+        dim=size.width,
+        heads=size.heads,
+        num_experts=size.rows,
+        num_experts_per_head=size.top_k,
+        dim_key=size.half_key_dim,
+        non_competing_scores=False,
     )
 
 
