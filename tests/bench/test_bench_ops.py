@@ -34,7 +34,9 @@ def test_json_has_every_op_at_every_size(
     assert run(["ops", "--size", "small", "--rounds", "1", "--json"], monkeypatch) == 0
     results = json.loads(capsys.readouterr().out)
     assert [r["op"] for r in results] == list(bench.OPS) * len(SIZES["small"])
+    promised = {"op", "rows", "width", "dtype", "ours_ms", "rivals", "floor_ms"}
     for result in results:
+        assert promised <= set(result)
         assert result["ours_ms"] > 0
         assert result["rows"] == 64 * 64 and result["width"] == 48
         assert result["dtype"] in ("float32", "bfloat16")
@@ -58,6 +60,25 @@ def test_an_unknown_size_is_one_line(
     assert run(["ops", "--size", "huge"], monkeypatch) == 2
     assert capsys.readouterr().err.strip() == (
         "strata: error: no size 'huge': give one of small, medium, large, rows"
+    )
+
+
+def test_only_the_operations_that_are_named_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["--op", "bag_forward", "--op", "product_key_topk"]
+    assert run(["ops", "--size", "small", "--rounds", "1", "--json", *names], monkeypatch) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [r["op"] for r in results] == ["product_key_topk", "bag_forward"] * len(SIZES["small"])
+
+
+def test_an_unknown_operation_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["ops", "--op", "bag"], monkeypatch) == 2
+    assert capsys.readouterr().err.strip() == (
+        "strata: error: no operation 'bag': give one of product_key_topk, bag_forward, "
+        "value_step, layer_step"
     )
 
 
