@@ -61,7 +61,8 @@ def bag_rivals(
         "torch embedding_bag": Contestant(bag, lambda: bag()[:checked].float()),
         "gather + einsum": Contestant(gather, lambda: gather()[:checked].float()),
     }
-    return _those_that_fit(contestants, {"gather + einsum": 2 * _gathered_bytes(size)})
+    needed = {"gather + einsum": 2 * _gathered_bytes(size)}
+    return _those_that_fit(contestants, needed, values.device)
 
 
 def value_rivals(
@@ -120,7 +121,7 @@ def value_rivals(
             lambda: _fbgemm(size, values, rows, weights, grad_out, checked=checked),
         ),
     }
-    return _make(makers)
+    return _make(makers, values.device)
 
 
 def layer_rivals(size: OpSize, hidden: Tensor) -> Rivals:
@@ -151,7 +152,8 @@ def layer_rivals(size: OpSize, hidden: Tensor) -> Rivals:
                 8 * size.table_bytes + 6 * _gathered_bytes(size),
                 lambda: trained(peer(size)),
             ),
-        }
+        },
+        hidden.device,
     )
 
 
@@ -219,10 +221,10 @@ def _fbgemm(
     return Contestant(step, lambda: first)
 
 
-def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]]) -> Rivals:
+def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]], device: torch.device) -> Rivals:
     contestants, skipped = {}, {}
     for name, (needed_bytes, maker) in makers.items():
-        free_bytes = psutil.virtual_memory().available
+        free_bytes = _free_bytes(device)
         if needed_bytes > 0.8 * free_bytes:
             skipped[name] = f"needs {needed_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
             continue
@@ -233,14 +235,22 @@ def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]]) -> Rivals:
     return contestants, skipped
 
 
-def _those_that_fit(contestants: dict[str, Contestant], needed: dict[str, int]) -> Rivals:
-    free_bytes = psutil.virtual_memory().available
+def _those_that_fit(
+    contestants: dict[str, Contestant], needed: dict[str, int], device: torch.device
+) -> Rivals:
+    free_bytes = _free_bytes(device)
     skipped = {
         name: f"needs {needed_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
         for name, needed_bytes in needed.items()
         if needed_bytes > 0.8 * free_bytes
     }
     return {name: c for name, c in contestants.items() if name not in skipped}, skipped
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _gathered_bytes(size: OpSize) -> int:
