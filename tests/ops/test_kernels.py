@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from strata.ops import product_key_topk, threads
+from strata.ops import threads
 from strata.ops.product_key_topk import cpu as topk_cpu
 from strata.ops.product_key_topk import reference
 from strata.ops.weighted_bag import cpu as bag_cpu
@@ -121,15 +121,6 @@ class TestPicks:
         torch.set_num_threads(3)
         three = topk_cpu.pick_rows(half, 16)
         assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
-
-    def test_tokens_in_parts_give_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        query, keys = torch.randn(37, 2, 2, 8), torch.randn(2, 2, 64, 8)
-        whole = product_key_topk(query, keys, top_k=4)
-        module = sys.modules["strata.ops.product_key_topk"]
-        monkeypatch.setattr(module, "_SCORE_BYTES", 2 * 2 * 64 * 4 * 5)
-        parts = product_key_topk(query, keys, top_k=4)
-        assert torch.equal(whole[1], parts[1])
-        torch.testing.assert_close(whole[0], parts[0])
 
 
 def test_without_numba_the_reference_runs() -> None:
