@@ -232,6 +232,13 @@ class TestReduceUses:
         torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-5)  # fp32 sums
         assert float(gradients.norm()) == pytest.approx(float(expected.norm()), rel=1e-5)
 
+    @pytest.mark.parametrize("shape", [(5_000_000, 1), (20_000, 250), (1, 5_000)])
+    def test_the_norm_does_not_drift(self, shape: tuple[int, int]) -> None:
+        """One running fp32 sum over five million entries loses 1e-4."""
+        grad_uv = torch.randn(shape)
+        norm = RowGradients(torch.arange(shape[0]), grad_uv).norm()
+        assert float(norm) == pytest.approx(float(grad_uv.double().norm()), rel=1e-6)
+
     def test_nothing_of_the_tables_size_is_made(self) -> None:
         far = Use(torch.tensor([[2**40]]), torch.ones(1, 1), torch.ones(1, 3))
         gradients = reduce_uses([far])
