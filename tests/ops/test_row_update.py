@@ -221,6 +221,23 @@ def test_results_repeat_bit_for_bit_whatever_the_threads(
     assert torch.equal(results[0], results[2])
 
 
+@each_algorithm
+@pytest.mark.parametrize("row", [-1, 6, 10**12])
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_rows_outside_the_table_change_nothing(
+    algorithm: str, row: int, columns_first: bool
+) -> None:
+    values = torch.randn(4, 6).T if columns_first else torch.randn(6, 4)
+    before = values.clone()
+    state = new_state(values, algorithm=algorithm)
+    rows = torch.tensor([2, row]).sort().values
+    gradients = RowGradients(rows, torch.ones(2, 4))
+    with pytest.raises(IndexError, match=rf"row {row} is not in the table: 0\.\.5 are"):
+        row_update(values, state, gradients, algorithm=algorithm, lr=1.0)  # type: ignore[arg-type]
+    assert torch.equal(values, before)
+    assert not any(tensor.any() for tensor in state.values())
+
+
 class TestReduceUses:
     def test_rows_are_ascending_and_distinct(self) -> None:
         uses = [draw_use(5, 4, 9, 3), draw_use(2, 7, 9, 3)]
