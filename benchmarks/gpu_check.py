@@ -2,14 +2,17 @@
 
     python benchmarks/gpu_check.py --out DIR
 
-writes DIR/gpu_check.md and DIR/gpu_check.json in less than nine minutes. It needs torch, triton,
+writes DIR/gpu_check.md and DIR/gpu_check.json in less than nine minutes, and again after each
+result, so that a run that is cut short leaves what it measured. It needs torch, triton,
 transformers, numpy and pytest, and nothing that has to be installed. `--device cpu` runs the same
-code at toy sizes in Triton's interpreter, to see that it works; its numbers mean nothing.
+code at toy sizes, the tests in Triton's interpreter and the operations on the CPU's kernels, to see
+that it works; its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import importlib.util
 import json
@@ -19,15 +22,23 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+OUR_PATHS = [str(ROOT / "src")]
+STAND_INS = []
 if importlib.util.find_spec("pydantic") is None:
-    sys.path.append(str(Path(__file__).parent / "without_pydantic"))
+    STAND_INS = [str(Path(__file__).resolve().parent / "without_pydantic")]
+sys.path[:0] = OUR_PATHS
+sys.path += STAND_INS
 
-BUDGET_S = 8.5 * 60
+BUDGET_S = 8.25 * 60  # nothing new is begun that would not end by then
+HARD_STOP_S = 8.8 * 60  # whatever hangs
+
+Part = Callable[[str, float, Callable[[Any], None]], None]
 
 
 def main() -> int:
@@ -36,6 +47,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
+    faulthandler.dump_traceback_later(HARD_STOP_S, exit=True)
+    start_s = time.perf_counter()
     if arguments.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -44,20 +57,44 @@ def main() -> int:
         print("gpu_check: error: torch sees no GPU here: give --device cpu for a dry run")
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
-    start_s = time.perf_counter()
-    report: dict[str, Any] = {"machine": machine(arguments.device)}
-    parts = (("tests", run_tests), ("operations", run_operations), ("training", run_training))
+    report: dict[str, Any] = {
+        "device": arguments.device,
+        "finished": False,
+        "machine": machine(arguments.device),
+    }
+    parts: tuple[tuple[str, Part], ...] = (
+        ("tests", run_tests),
+        ("operations", run_operations),
+        ("training", run_training),
+    )
     for name, part in parts:
         left_s = BUDGET_S - (time.perf_counter() - start_s)
         print(f"== {name} ({left_s:.0f} s left)", flush=True)
-        report[name] = (
-            part(arguments.device, left_s) if left_s > 20 else {"not run": "no time left"}
-        )
-        report["wall_s"] = time.perf_counter() - start_s
-        write(report, arguments.out)
-    failed = report["tests"].get("exit_code") != 0
+
+        def keep(found: Any, name: str = name) -> None:
+            report[name] = found
+            report["wall_s"] = time.perf_counter() - start_s
+            write(report, arguments.out)
+
+        if left_s < 20:
+            keep({"not run": "no time left"})
+            continue
+        try:
+            part(arguments.device, left_s, keep)
+        except Exception as error:  # told in the report; the other parts still run
+            traceback.print_exc()
+            report.setdefault("failures", {})[name] = one_line(error)
+            keep(report.get(name, {}))
+    failed = report["tests"].get("exit_code") != 0 or "failures" in report
+    report["finished"] = True
+    write(report, arguments.out)
     print(f"written to {arguments.out}, {report['wall_s']:.0f} s")
     return 1 if failed else 0
+
+
+def one_line(error: Exception) -> str:
+    """An error for a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def machine(device: str) -> dict[str, str]:
@@ -66,7 +103,7 @@ def machine(device: str) -> dict[str, str]:
     import transformers
 
     found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -82,13 +119,18 @@ def machine(device: str) -> dict[str, str]:
     return found
 
 
-def run_tests(device: str, left_s: float) -> dict[str, Any]:
+def run_tests(device: str, left_s: float, keep: Callable[[Any], None]) -> None:
     """The kernels against the reference, on this device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_triton.py"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:1] + sys.path[-1:])}
+    # The project's own addopts are quiet to the point of no summary.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x"]
+    inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*OUR_PATHS, *inherited, *STAND_INS]),
+    }
     try:
         done = subprocess.run(
-            command,
+            [*command, "tests/ops/test_triton.py"],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -97,13 +139,14 @@ def run_tests(device: str, left_s: float) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"exit_code": 124, "last_line": "ran past its time"}
+        keep({"exit_code": 124, "last_line": "ran past its time"})
+        return
     print(done.stdout[-2000:])
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
-    return {"exit_code": done.returncode, "last_line": last}
+    keep({"exit_code": done.returncode, "last_line": last})
 
 
-def run_operations(device: str, left_s: float) -> dict[str, Any]:
+def run_operations(device: str, left_s: float, keep: Callable[[Any], None]) -> None:
     """Each operation beside its rivals, with the bandwidth reached."""
     import torch
 
@@ -113,34 +156,48 @@ def run_operations(device: str, left_s: float) -> dict[str, Any]:
 
     target = torch.device(device)
     stop_s = time.perf_counter() + left_s * 0.5
-    results: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"copy_bytes_per_s": copy_bytes_per_s(target), "results": []}
     for size in SIZES["large" if device == "cuda" else "small"]:
         if time.perf_counter() > stop_s:
-            results.append({"not run": size.name})
+            found["results"].append({"table": size.name, "not run": "no time left"})
+            keep(found)
             continue
         rounds = 11 if device == "cuda" else 1
-        for result in bench_ops((size,), device=target, rounds=rounds):
-            line = dict(vars(result))
-            results.append(line)
-            print(line, flush=True)
-    return {"copy_bytes_per_s": copy_bytes_per_s(target), "results": results}
+        try:
+            for result in bench_ops((size,), device=target, rounds=rounds):
+                line = {"table": size.name, **vars(result)}
+                if result.op == "bag_forward":
+                    # Rows, and for each pick its number and weight.
+                    line["bytes_read"] = size.tokens * size.picks * (size.row_bytes + 12)
+                found["results"].append(line)
+                keep(found)
+                print(line, flush=True)
+        except Exception as error:  # out of memory at this size, or a wrong result: told
+            traceback.print_exc()
+            found["results"].append({"table": size.name, "not run": one_line(error)})
+            keep(found)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
-def run_training(device: str, left_s: float) -> dict[str, Any]:
+def run_training(device: str, left_s: float, keep: Callable[[Any], None]) -> None:
     """Training steps of the 373M recipe: the dense control, Memory+ with 2^20 and 2^22 rows."""
-    stop_s = time.perf_counter() + left_s - 10
+    stop_s = time.perf_counter() + left_s
     found: dict[str, Any] = {}
-    for compiled in (False, True):
+    for compiled in (False, True) if device == "cuda" else (False,):
         for name, half_keys in (("dense", None), ("memory 2^20", 1024), ("memory 2^22", 2048)):
             key = f"{name}, {'compiled' if compiled else 'eager'}"
             if time.perf_counter() + (90 if compiled else 20) > stop_s and device == "cuda":
                 found[key] = {"not run": "no time left"}
-                continue
-            found[key] = training_step(device, half_keys, compiled=compiled)
+            else:
+                try:
+                    found[key] = training_step(device, half_keys, compiled=compiled)
+                except Exception as error:  # told; the others still run
+                    traceback.print_exc()
+                    found[key] = {"not run": one_line(error)}
+            keep(found)
             print(key, found[key], flush=True)
-        if device == "cpu":
-            break
-    return found
 
 
 def training_step(device: str, half_keys: int | None, *, compiled: bool) -> dict[str, float]:
@@ -206,41 +263,76 @@ def training_step(device: str, half_keys: int | None, *, compiled: bool) -> dict
 def write(report: dict[str, Any], out: Path) -> None:
     """JSON for scripts, markdown for readers."""
     (out / "gpu_check.json").write_text(json.dumps(report, indent=1, default=str))
+    (out / "gpu_check.md").write_text(markdown(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for readers, whatever of it is there yet."""
     lines = ["# GPU check", "", "Command: `python benchmarks/gpu_check.py --out DIR`", ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    if report["machine"]["device"] == platform.processor():
+    if report["device"] == "cpu":
         lines += ["", "**Not measured on a GPU**: a dry run on a CPU, sizes are toys."]
-    lines += ["", f"Tests: {report['tests'].get('last_line', report['tests'])}", ""]
-    operations = report.get("operations", {})
-    if "results" in operations:
-        speed = operations["copy_bytes_per_s"] / 1e9
-        lines += [f"Copy bandwidth {speed:,.0f} GB/s (read + written). Medians in ms.", ""]
-        lines += ["| operation | table | strata | share of copy bandwidth | rivals |"]
-        lines += ["|---|---|---:|---:|---|"]
-        for result in operations["results"]:
-            if "op" not in result:
-                lines.append(f"| not run | {result['not run']} | | | |")
-                continue
-            table = f"{result['rows']:,} x {result['width']} {result['dtype']}"
-            rivals = ", ".join(
-                f"{name} {ms:.2f} ({ms / result['ours_ms']:.1f}x)"
-                for name, ms in result["rivals"].items()
-            )
-            floor = result["floor_ms"]
-            share = "" if floor is None else f"{floor / result['ours_ms']:.0%}"
-            cells = (result["op"], table, f"{result['ours_ms']:.2f}", share, rivals)
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+    if not report["finished"]:
+        lines += ["", "**Not finished**: what stands here was measured before it was cut short."]
+    for name, failure in report.get("failures", {}).items():
+        lines += ["", f"**{name} failed**: {failure}"]
+    if "tests" in report:
+        lines += ["", f"Tests: {report['tests'].get('last_line', report['tests'])}"]
+    if "results" in report.get("operations", {}):
+        lines += operations_markdown(**report["operations"])
     training = report.get("training", {})
     if training:
-        lines += ["| 373M training step | tokens/s | peak GiB |", "|---|---:|---:|"]
+        lines += ["", "| 373M training step | tokens/s | of dense | peak GiB |"]
+        lines += ["|---|---:|---:|---:|"]
         for name, result in training.items():
             if not isinstance(result, dict) or "tokens_per_s" not in result:
-                lines.append(f"| {name} | not run | |")
+                why = result["not run"] if isinstance(result, dict) else result
+                lines.append(f"| {name} | not run: {why} | | |")
                 continue
-            peak = result["peak_gib"]
-            lines.append(f"| {name} | {result['tokens_per_s']:,.0f} | {peak:.1f} |")
-    (out / "gpu_check.md").write_text("\n".join(lines) + "\n")
+            rate, peak = result["tokens_per_s"], result["peak_gib"]
+            dense = training.get(f"dense, {name.split(', ')[1]}", {}).get("tokens_per_s")
+            share = "" if dense is None else f"{rate / dense:.2f}"
+            lines.append(f"| {name} | {rate:,.0f} | {share} | {peak:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def operations_markdown(copy_bytes_per_s: float, results: list[dict[str, Any]]) -> list[str]:
+    """A table for each operation, with a column for each rival."""
+    speed = copy_bytes_per_s / 1e9
+    lines = ["", f"Copy bandwidth {speed:,.0f} GB/s (bytes read + bytes written). Medians in ms;"]
+    lines += ["rivals with their time over strata's."]
+    measured = [result for result in results if "op" in result]
+    for op in dict.fromkeys(result["op"] for result in measured):
+        of_op = [result for result in measured if result["op"] == op]
+        rivals = list(dict.fromkeys(name for result in of_op for name in result["rivals"]))
+        reads, has_floor = "bytes_read" in of_op[0], of_op[0]["floor_ms"] is not None
+        columns = [op, "strata"]
+        columns += ["GB/s read", "read, of copy bandwidth"] if reads else []
+        columns += ["floor, of strata"] if has_floor else []
+        lines += ["", f"| {' | '.join(columns + rivals)} |"]
+        lines += ["|---|" + "---:|" * (len(columns) + len(rivals) - 1)]
+        for result in of_op:
+            ours_ms = result["ours_ms"]
+            cells = [result["table"], f"{ours_ms:.3f}"]
+            if reads:
+                read_per_s = result["bytes_read"] / (ours_ms * 1e-3)
+                cells += [f"{read_per_s / 1e9:,.0f}", f"{read_per_s / copy_bytes_per_s:.0%}"]
+            cells += [f"{result['floor_ms'] / ours_ms:.0%}"] if has_floor else []
+            for name in rivals:
+                ms = result["rivals"].get(name)
+                cells.append("not run" if ms is None else f"{ms:.3f} ({ms / ours_ms:.1f}x)")
+            lines.append(f"| {' | '.join(cells)} |")
+    notes = [
+        f"- {result['op']}, {result['table']}: {name} not run: {why}"
+        for result in measured
+        for name, why in result["skipped"].items()
+    ]
+    notes += [
+        f"- {result['table']}: not run: {result['not run']}"
+        for result in results
+        if "not run" in result
+    ]
+    return [*lines, *([""] if notes else []), *notes]
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from strata.ops import product_key_topk, threads
+from strata.ops import threads
 from strata.ops.product_key_topk import cpu as topk_cpu
 from strata.ops.product_key_topk import reference
 from strata.ops.weighted_bag import cpu as bag_cpu
@@ -46,6 +47,43 @@ def test_an_error_in_a_thread_is_raised() -> None:
 
     with pytest.raises(ZeroDivisionError):
         threads.run_split(fails, [0, 1, 2])
+
+
+TORCH = "/site-packages/torch"
+OWN, OWN_LIBS = f"{TORCH}/lib/libgomp.so.1", "/site-packages/torch.libs/libgomp-a34b.so.1"
+SKLEARN = "/site-packages/scikit_learn.libs/libgomp-d22c.so.1.0.0"
+INTEL, CONDA = "/opt/a folder/libiomp5.so", "/conda/lib/libomp.so"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "picked"),
+    [
+        ([OWN], OWN),
+        ([OWN_LIBS], OWN_LIBS),
+        ([SKLEARN, OWN, INTEL], OWN),
+        ([OWN_LIBS, SKLEARN], OWN_LIBS),
+        ([CONDA], CONDA),
+        ([INTEL], INTEL),
+        ([CONDA, SKLEARN], None),
+        ([OWN, OWN_LIBS], None),
+        ([], None),
+    ],
+)
+def test_which_openmp_is_torchs(loaded: list[str], picked: str | None) -> None:
+    others = ["", "/usr/lib/libc.so.6", "[stack]", "/site-packages/libgompertz/data.bin"]
+    maps = "".join(
+        f"7f00000{part}000-7f00000{part}fff r-xp 00000000 fe:00 {260131 + part:<26}{path}\n"
+        for path in [*others, *loaded]
+        for part in range(3)  # text, constants, data
+    )
+    assert threads.pick_runtime(maps, torch_folder=Path(TORCH)) == picked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch without OpenMP")
+def test_torchs_threads_are_found_here() -> None:
+    """Otherwise the kernels would run on Python's threads, which fight torch's."""
+    assert threads._openmp() is not None
 
 
 @pytest.mark.parametrize("high", [0, 1, 2047, 2048, 1 << 22, (1 << 33) + 5])
@@ -122,38 +160,41 @@ class TestPicks:
         three = topk_cpu.pick_rows(half, 16)
         assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
 
-    def test_tokens_in_parts_give_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        query, keys = torch.randn(37, 2, 2, 8), torch.randn(2, 2, 64, 8)
-        whole = product_key_topk(query, keys, top_k=4)
-        module = sys.modules["strata.ops.product_key_topk"]
-        monkeypatch.setattr(module, "_SCORE_BYTES", 2 * 2 * 64 * 4 * 5)
-        parts = product_key_topk(query, keys, top_k=4)
-        assert torch.equal(whole[1], parts[1])
-        torch.testing.assert_close(whole[0], parts[0])
 
-
-def test_without_numba_the_reference_runs() -> None:
+def test_without_numba_the_reference_runs_and_one_warning_says_so() -> None:
     script = textwrap.dedent(
         """
-        import sys
+        import sys, warnings
         sys.modules["numba"] = None  # as where there is no wheel
         import torch
         from strata.ops import UseQueue, kernels, product_key_topk, weighted_bag
         from strata.ops import reduce_uses, row_update
         assert not kernels.AVAILABLE
-        table = torch.randn(9, 4, requires_grad=True)
-        queue = UseQueue()
-        rows, weights = torch.randint(9, (3, 2)), torch.rand(3, 2, requires_grad=True)
-        weighted_bag(table, rows, weights, queue=queue).sum().backward()
-        row_update(table.data, {}, reduce_uses(queue.take()), algorithm="sgd", lr=0.1)
-        keys = torch.randn(2, 2, 5, 3, requires_grad=True)
-        scores, _ = product_key_topk(torch.randn(4, 2, 2, 3), keys, top_k=2)
-        scores.sum().backward()
-        assert weights.grad is not None and keys.grad is not None
-        print("fine")
+
+        def train() -> None:
+            table = torch.randn(9, 4, requires_grad=True)
+            queue = UseQueue()
+            rows, weights = torch.randint(9, (3, 2)), torch.rand(3, 2, requires_grad=True)
+            weighted_bag(table, rows, weights, queue=queue).sum().backward()
+            row_update(table.data, {}, reduce_uses(queue.take()), algorithm="sgd", lr=0.1)
+            keys = torch.randn(2, 2, 5, 3, requires_grad=True)
+            scores, _ = product_key_topk(torch.randn(4, 2, 2, 3), keys, top_k=2)
+            scores.sum().backward()
+            assert weights.grad is not None and keys.grad is not None
+
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            train()
+            train()
+        for warning in heard:
+            print(warning.message)
         """
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=False
     )
-    assert done.stdout.strip() == "fine", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "numba cannot be imported here: memory layers run on their reference, several times "
+        "slower\n"
+    )

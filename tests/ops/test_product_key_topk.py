@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -197,6 +199,47 @@ def test_a_first_call_without_data_leaves_nothing_behind(first_call: str) -> Non
     scores, rows = product_key_topk(query, keys, top_k=k)
     scores.sum().backward()
     assert torch.equal(rows, full_table(query, keys, k)[1])
+
+
+DEVICES = [
+    ("cpu", "_SCORE_BYTES"),
+    pytest.param("cuda", "_DEVICE_SCORE_BYTES", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize(("device", "constant"), DEVICES)
+@pytest.mark.parametrize("tokens_held", [0, 1, 5, 36, 37])
+def test_tokens_in_parts_give_the_same(
+    device: str, constant: str, tokens_held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, keys = (x.detach().to(device).requires_grad_() for x in draw(37, 2, 64, 8))
+    module = sys.modules["strata.ops.product_key_topk"]
+    results = []
+    for held_bytes in (1 << 40, tokens_held * 2 * 2 * 64 * 8):  # whole, and in parts
+        monkeypatch.setattr(module, constant, held_bytes)
+        scores, rows = product_key_topk(query, keys, top_k=4)
+        results.append((scores, rows, *torch.autograd.grad(scores.sum(), (query, keys))))
+    whole, parts = results
+    assert torch.equal(whole[1], parts[1])
+    torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-12)
+
+
+def test_off_the_cpu_half_scores_are_held_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which has no data but counts: each part stays within its bytes."""
+    module = sys.modules["strata.ops.product_key_topk"]
+    monkeypatch.setattr(module, "_DEVICE_SCORE_BYTES", 5 * 2 * 2 * 64 * 4)
+    scored: list[int] = []
+    score_halves = module.score_halves
+
+    def counted(query: Tensor, keys: Tensor) -> Tensor:
+        scored.append(len(query))
+        return score_halves(query, keys)
+
+    monkeypatch.setattr(module, "score_halves", counted)
+    query, keys = torch.empty(37, 2, 2, 8, device="meta"), torch.empty(2, 2, 64, 8, device="meta")
+    scores, rows = module._score_and_pick(query, keys, 4)
+    assert scored == [5] * 7 + [2]
+    assert scores.shape == rows.shape == (37, 2, 4)
 
 
 def test_compiles_whole_with_gradients() -> None:

@@ -221,6 +221,23 @@ def test_results_repeat_bit_for_bit_whatever_the_threads(
     assert torch.equal(results[0], results[2])
 
 
+@each_algorithm
+@pytest.mark.parametrize("row", [-1, 6, 10**12])
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_rows_outside_the_table_change_nothing(
+    algorithm: str, row: int, columns_first: bool
+) -> None:
+    values = torch.randn(4, 6).T if columns_first else torch.randn(6, 4)
+    before = values.clone()
+    state = new_state(values, algorithm=algorithm)
+    rows = torch.tensor([2, row]).sort().values
+    gradients = RowGradients(rows, torch.ones(2, 4))
+    with pytest.raises(IndexError, match=rf"row {row} is not in the table: 0\.\.5 are"):
+        row_update(values, state, gradients, algorithm=algorithm, lr=1.0)  # type: ignore[arg-type]
+    assert torch.equal(values, before)
+    assert not any(tensor.any() for tensor in state.values())
+
+
 class TestReduceUses:
     def test_rows_are_ascending_and_distinct(self) -> None:
         uses = [draw_use(5, 4, 9, 3), draw_use(2, 7, 9, 3)]
@@ -231,6 +248,13 @@ class TestReduceUses:
         expected = dense_gradient(uses, 9, 3)
         torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-5)  # fp32 sums
         assert float(gradients.norm()) == pytest.approx(float(expected.norm()), rel=1e-5)
+
+    @pytest.mark.parametrize("shape", [(5_000_000, 1), (20_000, 250), (1, 5_000)])
+    def test_the_norm_does_not_drift(self, shape: tuple[int, int]) -> None:
+        """One running fp32 sum over five million entries loses 1e-4."""
+        grad_uv = torch.randn(shape)
+        norm = RowGradients(torch.arange(shape[0]), grad_uv).norm()
+        assert float(norm) == pytest.approx(float(grad_uv.double().norm()), rel=1e-6)
 
     def test_nothing_of_the_tables_size_is_made(self) -> None:
         far = Use(torch.tensor([[2**40]]), torch.ones(1, 1), torch.ones(1, 3))

@@ -59,11 +59,20 @@ def bench_ops(
     sizes: Sequence[OpSize],
     *,
     device: torch.device,
+    ops: Sequence[str] | None = None,
     rounds: int = 7,
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
 ) -> Iterator[OpResult]:
     """Run the benchmark, yielding a result as soon as it is there.
+
+    Args:
+        sizes: what to time at.
+        device: where.
+        ops: names from `OPS`; None for all.
+        rounds: interleaved rounds that count.
+        seed: of tables, rows and weights.
+        on_progress: told what is done.
 
     Raises:
         BenchError: a contestant's result is not that of the float64 formula.
@@ -73,6 +82,8 @@ def bench_ops(
     bytes_per_s = copy_bytes_per_s(device)
     for size in sizes:
         for op, make in OPS.items():
+            if ops and op not in ops:
+                continue
             say(f"{op}, {size.name}")
             torch.manual_seed(seed)
             case = make(size, device)
@@ -183,7 +194,7 @@ def layer_case(size: OpSize, device: torch.device) -> Case:
         num_heads=size.heads,
         top_k=size.top_k,
         num_half_keys=size.half_keys,
-        key_dim=size.width // 2 // 2 * 2,
+        key_dim=2 * size.half_key_dim,
         gate="none",
     )
     table = ValueTable(size.rows, size.width, device=device, dtype=size.dtype)

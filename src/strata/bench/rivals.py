@@ -61,7 +61,8 @@ def bag_rivals(
         "torch embedding_bag": Contestant(bag, lambda: bag()[:checked].float()),
         "gather + einsum": Contestant(gather, lambda: gather()[:checked].float()),
     }
-    return _those_that_fit(contestants, {"gather + einsum": 2 * _gathered_bytes(size)})
+    needed = {"gather + einsum": 2 * _gathered_bytes(size)}
+    return _those_that_fit(contestants, needed, values.device)
 
 
 def value_rivals(
@@ -120,7 +121,7 @@ def value_rivals(
             lambda: _fbgemm(size, values, rows, weights, grad_out, checked=checked),
         ),
     }
-    return _make(makers)
+    return _make(makers, values.device)
 
 
 def layer_rivals(size: OpSize, hidden: Tensor) -> Rivals:
@@ -141,33 +142,45 @@ def layer_rivals(size: OpSize, hidden: Tensor) -> Rivals:
 
         return Contestant(step, step)
 
-    def product_key_memory() -> Contestant:
-        package = importlib.import_module("product_key_memory")
-        layer = package.PKM(
-            dim=size.width,
-            heads=size.heads,
-            num_keys=size.half_keys,
-            topk=size.top_k,
-            dim_head=size.width // 4,
-        )
-        return trained(layer)
-
-    def peer() -> Contestant:
-        package = importlib.import_module("PEER_pytorch")
-        layer = package.PEER(
-            dim=size.width,
-            heads=size.heads,
-            num_experts=size.rows,
-            num_experts_per_head=size.top_k,
-            dim_key=size.width // 4,
-        )
-        return trained(layer)
-
     return _make(
         {
-            "product-key-memory": (4 * size.table_bytes, product_key_memory),
-            "PEER-pytorch (two tables)": (8 * size.table_bytes + 6 * _gathered_bytes(size), peer),
-        }
+            "product-key-memory": (
+                4 * size.table_bytes,
+                lambda: trained(product_key_memory(size)),
+            ),
+            "PEER-pytorch (two tables)": (
+                8 * size.table_bytes + 6 * _gathered_bytes(size),
+                lambda: trained(peer(size)),
+            ),
+        },
+        hidden.device,
+    )
+
+
+# Both packages name the width of ONE half-key, `PKM(dim_head=)` and `PEER(dim_key=)`; strata's
+# `key_dim` is both halves together. So each layer scores h * 2 * m half-keys of `half_key_dim`.
+
+
+def product_key_memory(size: OpSize) -> torch.nn.Module:
+    """lucidrains' PKM with as many half-keys, of the same width, and as many picks as ours."""
+    return importlib.import_module("product_key_memory").PKM(
+        dim=size.width,
+        heads=size.heads,
+        num_keys=size.half_keys,
+        topk=size.top_k,
+        dim_head=size.half_key_dim,
+    )
+
+
+def peer(size: OpSize) -> torch.nn.Module:
+    """lucidrains' PEER; its default, non-competing scores, keeps one expert a head of the top-k."""
+    return importlib.import_module("PEER_pytorch").PEER(
+        dim=size.width,
+        heads=size.heads,
+        num_experts=size.rows,
+        num_experts_per_head=size.top_k,
+        dim_key=size.half_key_dim,
+        non_competing_scores=False,
     )
 
 
@@ -208,10 +221,10 @@ def _fbgemm(
     return Contestant(step, lambda: first)
 
 
-def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]]) -> Rivals:
+def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]], device: torch.device) -> Rivals:
     contestants, skipped = {}, {}
     for name, (needed_bytes, maker) in makers.items():
-        free_bytes = psutil.virtual_memory().available
+        free_bytes = _free_bytes(device)
         if needed_bytes > 0.8 * free_bytes:
             skipped[name] = f"needs {needed_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
             continue
@@ -222,14 +235,22 @@ def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]]) -> Rivals:
     return contestants, skipped
 
 
-def _those_that_fit(contestants: dict[str, Contestant], needed: dict[str, int]) -> Rivals:
-    free_bytes = psutil.virtual_memory().available
+def _those_that_fit(
+    contestants: dict[str, Contestant], needed: dict[str, int], device: torch.device
+) -> Rivals:
+    free_bytes = _free_bytes(device)
     skipped = {
         name: f"needs {needed_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
         for name, needed_bytes in needed.items()
         if needed_bytes > 0.8 * free_bytes
     }
     return {name: c for name, c in contestants.items() if name not in skipped}, skipped
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _gathered_bytes(size: OpSize) -> int:

@@ -17,7 +17,6 @@ class OpSize:
         dtype: of the table.
         tokens: n.
         heads, top_k: each token reads heads * top_k rows.
-        key_dim: both halves together, for the layer.
     """
 
     half_keys: int
@@ -36,6 +35,11 @@ class OpSize:
     def picks(self) -> int:
         """p, rows read a token."""
         return self.heads * self.top_k
+
+    @property
+    def half_key_dim(self) -> int:
+        """Numbers in one half-key of a whole layer; key_dim, both halves, is half the width."""
+        return self.width // 4
 
     @property
     def row_bytes(self) -> int:

@@ -1,7 +1,9 @@
 """`strata bench train`: tokens/s of the quickstart's models, and of strata's loop by a bare one.
 
 Three contestants make one training step each in turn: the Memory+ model and its dense control in
-strata's loop, and the Memory+ model in a bare loop of plain torch, without the train room.
+strata's loop, and the Memory+ model in a bare loop of plain torch, without the train room's loop.
+The bare loop takes transformers' own loss, with logits at every position, as a script would;
+strata's loop computes logits at label tokens only, so that saving is part of its ratio.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class TrainResult:
         tokens_per_s: medians of `memory` and `dense` in strata's loop, `bare` for Memory+ in plain
             torch.
         flops_per_token: forward, of `memory` and `dense`.
-        memory_over_dense: the ratio of the two models' speeds.
-        strata_over_bare: the ratio of the two loops' speeds with the same model.
+        memory_over_dense: tokens/s of `memory` over those of `dense`.
+        strata_over_bare: tokens/s of `memory` over those of `bare`.
     """
 
     tokens_per_s: dict[str, float]

@@ -15,6 +15,9 @@ def bench_ops(
     size: Annotated[
         str, typer.Option(help="small (seconds), medium, large (needs 24 GB), rows (2^16..2^22)")
     ] = "medium",
+    op: Annotated[
+        list[str] | None, typer.Option(help="time this operation only (repeatable)")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds that count")] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
@@ -25,6 +28,7 @@ def bench_ops(
     """
     from rich.console import Console
 
+    from strata.bench.ops import OPS
     from strata.bench.ops import bench_ops as run
     from strata.bench.report import ops_table
     from strata.bench.sizes import SIZES
@@ -32,12 +36,17 @@ def bench_ops(
 
     if size not in SIZES:
         raise ConfigError(f"no size {size!r}: give one of {', '.join(SIZES)}")
+    for name in op or ():
+        if name not in OPS:
+            raise ConfigError(f"no operation {name!r}: give one of {', '.join(OPS)}")
     if rounds < 1:
         raise ConfigError(f"--rounds {rounds} is not allowed: give 1 or more")
     target = pick_device(device)
     shown = Console(stderr=True)
     with shown.status("starting") as status:
-        results = list(run(SIZES[size], device=target, rounds=rounds, on_progress=status.update))
+        results = list(
+            run(SIZES[size], device=target, ops=op, rounds=rounds, on_progress=status.update)
+        )
     if as_json:
         print(json.dumps([asdict(result) for result in results], indent=1))
     else:
@@ -53,7 +62,11 @@ def bench_train(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Time training steps of the quickstart's Memory+ model, its dense control, and a bare loop."""
+    """Time training steps of the quickstart's Memory+ model, its dense control, and a bare loop.
+
+    The bare loop is plain torch around the same Memory+ model. It takes transformers' own loss,
+    with logits at every position; strata computes logits at label tokens only.
+    """
     from rich.console import Console
 
     from strata.bench.report import train_table

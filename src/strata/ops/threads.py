@@ -76,20 +76,36 @@ def weighed_bounds(starts: np.ndarray, *, bytes_per_unit: int) -> list[int]:
     return [0, *inner, num_items]
 
 
+def pick_runtime(maps: str, *, torch_folder: Path) -> str | None:
+    """The OpenMP runtime that torch runs on: the one in its folders; else the only one; else None.
+
+    Other packages bring runtimes of their own (scikit-learn does), so "the only one" is not enough.
+
+    Args:
+        maps: what is loaded, as /proc/self/maps lists it.
+        torch_folder: where torch is installed; wheels put libraries there or in `torch.libs`.
+    """
+    loaded = {Path(line.split(maxsplit=5)[-1].strip()) for line in maps.splitlines() if line}
+    runtimes = [p for p in loaded if p.name.startswith(("libgomp", "libomp", "libiomp"))]
+    own_folders = (torch_folder, torch_folder.with_name("torch.libs"))
+    in_torch = [p for p in runtimes if any(p.is_relative_to(folder) for folder in own_folders)]
+    for candidates in (in_torch, runtimes):
+        if len(candidates) == 1:
+            return str(candidates[0])
+    return None
+
+
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
     """The OpenMP runtime in this process that torch runs on; None if it cannot be told."""
     maps = Path("/proc/self/maps")
     if not torch.backends.openmp.is_available() or not maps.exists():
         return None
-    paths = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines()}
-    runtimes = [p for p in paths if Path(p).name.startswith(("libgomp", "libomp", "libiomp"))]
-    beside_torch = str(Path(torch.__file__).parents[1])
-    runtimes.sort(key=lambda path: not path.startswith(beside_torch))
-    if len(runtimes) != 1 and not (runtimes and runtimes[0].startswith(beside_torch)):
+    path = pick_runtime(maps.read_text(), torch_folder=Path(torch.__file__).parent)
+    if path is None:
         return None
     try:
-        runtime = ctypes.CDLL(runtimes[0])
+        runtime = ctypes.CDLL(path)
         runtime.GOMP_parallel.restype = None
         runtime.GOMP_parallel.argtypes = [
             _REGION,

@@ -20,6 +20,7 @@ from strata.ops.row_update.reference import (
     reduce_uses,
     unknown_algorithm,
 )
+from strata.ops.weighted_bag.cpu import check_rows
 from strata.ops.weighted_bag.queue import Use
 
 __all__ = [
@@ -77,6 +78,10 @@ def row_update(
             (with "nearest", 10% of a bf16 table's entries were seen to move at lr 1e-5).
         generator: random numbers for stochastic rounding.
 
+    Raises:
+        ValueError: an unknown algorithm, or rounding that the table's dtype does not have.
+        IndexError: a row is not in the table.
+
     Source: row-wise Adagrad as in Gupta et al. 2014 and DLRM (arXiv 1906.00091); lazy Adam as in
     torch.optim.SparseAdam, with a step count per row.
     """
@@ -88,6 +93,8 @@ def row_update(
             f"stochastic rounding is for bfloat16 tables, this one is {values_rv.dtype}"
         )
     rule = UpdateRule(algorithm, lr, scale, betas, eps, rounding, generator)
-    dense = all(tensor.is_contiguous() for tensor in (values_rv, *state.values()))
-    update = implementation("row_update", values_rv).row_update if dense else reference.row_update
-    update(values_rv, state, gradients, rule)
+    if all(tensor.is_contiguous() for tensor in (values_rv, *state.values())):
+        implementation("row_update", values_rv).row_update(values_rv, state, gradients, rule)
+        return
+    check_rows(values_rv, gradients.rows_u)  # indexing would count a negative row from the end
+    reference.row_update(values_rv, state, gradients, rule)

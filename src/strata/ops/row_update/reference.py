@@ -33,8 +33,11 @@ class RowGradients:
     grad_uv: Tensor  # (u, v) fp32
 
     def norm(self) -> Tensor:
-        """Euclidean norm over all rows, a 0-d fp32 tensor."""
-        return torch.linalg.vector_norm(self.grad_uv)
+        """Euclidean norm over all rows, 0-d fp64.
+
+        Rows first: one running fp32 sum over 40 million entries was seen to lose 0.3%.
+        """
+        return torch.linalg.vector_norm(self.grad_uv, dim=1).norm(dtype=torch.float64)
 
 
 @dataclass(frozen=True)
