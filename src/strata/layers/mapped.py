@@ -14,7 +14,7 @@ from strata.layers.row_file import RowFile, RowPlace
 from strata.layers.stored import ReadOnlyTable, training_error
 from strata.ops import row_dots, weighted_bag
 from strata.ops.row_cache import CacheCounts, RowCache
-from strata.ops.weighted_bag.cpu import check_rows
+from strata.ops.rows import check_rows
 
 _Read = Callable[[Tensor, Tensor], Tensor]
 
@@ -125,7 +125,7 @@ class MappedTable(ReadOnlyTable):
 
     def _on_cpu(self, rows_np: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         rows_np = rows_np.to("cpu").contiguous()
-        check_rows(range(self.num_rows), rows_np)
+        check_rows(self.num_rows, rows_np)
         return rows_np, other.to("cpu")
 
     def _over_cache(

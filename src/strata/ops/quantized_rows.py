@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from strata.ops.dispatch import implementation
+from strata.ops.rows import check_rows
 from strata.ops.weighted_bag import row_dots, weighted_bag
 
 Codes = Literal["int8", "fp8"]
@@ -72,7 +72,7 @@ def quantized_bag(
 
     Raises:
         ValueError: shapes do not fit.
-        IndexError: a row is not in the table (CPU).
+        IndexError: a row is not in the table.
     """
     _check_rows(codes_rv, rows_np)
     return weighted_bag(codes_rv, rows_np, weights_np * scales_r[rows_np])
@@ -88,5 +88,5 @@ def quantized_dots(
 
 def _check_rows(codes_rv: Tensor, rows_np: Tensor) -> None:
     """Before `scales_r[rows_np]`, which takes negative rows for rows from the end."""
-    if rows_np.device.type == "cpu" and not torch.compiler.is_compiling():
-        implementation("weighted_bag", rows_np).check_rows(codes_rv, rows_np)
+    if not torch.compiler.is_compiling():
+        check_rows(len(codes_rv), rows_np)

@@ -20,7 +20,7 @@ from strata.ops.row_update.reference import (
     reduce_uses,
     unknown_algorithm,
 )
-from strata.ops.weighted_bag.cpu import check_rows
+from strata.ops.rows import check_rows
 from strata.ops.weighted_bag.queue import Use
 
 __all__ = [
@@ -93,8 +93,7 @@ def row_update(
             f"stochastic rounding is for bfloat16 tables, this one is {values_rv.dtype}"
         )
     rule = UpdateRule(algorithm, lr, scale, betas, eps, rounding, generator)
-    if all(tensor.is_contiguous() for tensor in (values_rv, *state.values())):
-        implementation("row_update", values_rv).row_update(values_rv, state, gradients, rule)
-        return
-    check_rows(values_rv, gradients.rows_u)  # indexing would count a negative row from the end
-    reference.row_update(values_rv, state, gradients, rule)
+    check_rows(len(values_rv), gradients.rows_u)
+    dense = all(tensor.is_contiguous() for tensor in (values_rv, *state.values()))
+    update = implementation("row_update", values_rv).row_update if dense else reference.row_update
+    update(values_rv, state, gradients, rule)

@@ -20,7 +20,7 @@ from strata.ops.precision import accumulation_dtype
 from strata.ops.row_update import reference
 from strata.ops.row_update.reference import ALGORITHMS, TableGradients, UpdateRule
 from strata.ops.threads import run_split
-from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, check_rows, reverse_index, sum_runs
+from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, reverse_index, sum_runs
 from strata.ops.weighted_bag.queue import Use
 
 _AHEAD = 4  # rows between asking for a row and changing it
@@ -122,14 +122,9 @@ def collect_uses(uses: Sequence[Use]) -> TableGradients:
 def row_update(
     values_rv: Tensor, state: dict[str, Tensor], gradients: TableGradients, rule: UpdateRule
 ) -> None:
-    """See `strata.ops.row_update`.
-
-    Raises:
-        IndexError: a row is not in the table.
-    """
+    """See `strata.ops.row_update`."""
     if not supported(values_rv, *state.values()):
         return reference.row_update(values_rv, state, gradients, rule)
-    check_rows(values_rv, gradients.rows_u)
     if not isinstance(gradients, QueuedGradients):
         gradients = QueuedGradients.from_rows(gradients)
     if len(gradients.rows_u):

@@ -7,7 +7,6 @@ by a reverse index: the picks sorted by row, each run of equal rows one weighted
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +23,7 @@ from strata.ops.kernels import (
     widen,
 )
 from strata.ops.precision import accumulation_dtype
+from strata.ops.rows import check_rows
 from strata.ops.threads import even_bounds, run_split, weighed_bounds
 from strata.ops.weighted_bag import reference
 
@@ -33,7 +33,7 @@ _LONG_RUN = 256  # uses of one row added up in one go
 
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """See `reference.bag_forward`."""
-    check_rows(values_rv, rows_np)
+    check_rows(len(values_rv), rows_np)
     if not readable(values_rv):
         return reference.bag_forward(values_rv, rows_np, weights_np)
     return _over_bags(_bag, values_rv, rows_np, weights_np, out_width=values_rv.shape[1])
@@ -41,7 +41,7 @@ def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tenso
 
 def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     """See `reference.bag_dots`."""
-    check_rows(values_rv, rows_np)
+    check_rows(len(values_rv), rows_np)
     if not readable(values_rv):
         return reference.bag_dots(values_rv, rows_np, vectors_nv)
     return _over_bags(_dots, values_rv, rows_np, vectors_nv, out_width=rows_np.shape[1])
@@ -107,20 +107,6 @@ def reverse_index(rows_np: Tensor) -> ReverseIndex:
         raise IndexError(f"row {low} is negative")
     keys, order = _radix_sort(rows_q, num_bits=max(1, high.bit_length()))
     return _find_runs(keys, order)
-
-
-def check_rows(values_rv: Sized, rows: Tensor) -> None:
-    """A kernel reads and writes whatever lies at a wrong index.
-
-    Raises:
-        IndexError: a row is not in the table.
-    """
-    if rows.numel() == 0:
-        return
-    low, high = (int(bound) for bound in rows.aminmax())
-    if low < 0 or high >= len(values_rv):
-        wrong = low if low < 0 else high
-        raise IndexError(f"row {wrong} is not in the table: 0..{len(values_rv) - 1} are")
 
 
 def _over_bags(

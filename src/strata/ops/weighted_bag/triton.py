@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from strata.ops.precision import accumulation_dtype
+from strata.ops.rows import check_rows
 from strata.ops.weighted_bag import reference
-from strata.ops.weighted_bag.cpu import check_rows
 
 LONG_RUN = 256  # uses of one row added up by one program
 _UNROLL = 8  # rows in flight in one program
@@ -30,7 +30,7 @@ _WIDEST_TILE = 1024  # columns of one program
 
 def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tensor:
     """See `reference.bag_forward`."""
-    _check_rows(values_rv, rows_np)
+    check_rows(len(values_rv), rows_np)
     if values_rv.dtype == torch.float8_e4m3fn:
         return reference.bag_forward(values_rv, rows_np, weights_np)
     n, p = rows_np.shape
@@ -54,7 +54,7 @@ def bag_forward(values_rv: Tensor, rows_np: Tensor, weights_np: Tensor) -> Tenso
 
 def bag_dots(values_rv: Tensor, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
     """See `reference.bag_dots`."""
-    _check_rows(values_rv, rows_np)
+    check_rows(len(values_rv), rows_np)
     if values_rv.dtype == torch.float8_e4m3fn:
         return reference.bag_dots(values_rv, rows_np, vectors_nv)
     n, p = rows_np.shape
@@ -228,11 +228,3 @@ def _sum_picks(  # type: ignore[no-untyped-def]
 
 def _tl_dtype(tensor: Tensor) -> Any:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
-
-
-def _check_rows(values_rv: Tensor, rows_np: Tensor) -> None:
-    """On a GPU the check does not stop the host; a wrong row ends the process there."""
-    if rows_np.device.type != "cuda":
-        check_rows(values_rv, rows_np)
-    elif rows_np.numel():
-        torch._assert_async(((rows_np >= 0) & (rows_np < len(values_rv))).all())
