@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from strata.ops import product_key_topk
-from strata.ops.product_key_topk import num_staircase_pairs, pick_pairs
+from strata.ops.product_key_topk import cpu, num_staircase_pairs, pick_pairs, reference
 
 # Shapes as in the source: n tokens, h heads, m half-keys, d width of a half, k picks.
 SIZES = [(5, 3, 7, 5, 4), (1, 1, 1, 1, 1), (0, 2, 5, 3, 2), (13, 2, 33, 17, 32), (4, 1, 6, 3, 6)]
@@ -272,3 +272,34 @@ def test_shapes_that_do_not_fit(
     with pytest.raises(ValueError, match=says) as caught:
         product_key_topk(torch.zeros(query_shape), torch.zeros(keys_shape), top_k=top_k)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 255, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_key_gradients_are_those_of_bags(num_tokens: int, dtype: torch.dtype) -> None:
+    n, h, m, d, k = num_tokens, 3, 7, 5, 4
+    grad_scores, query = torch.randn(n, h, k, dtype=dtype), torch.randn(n, h, 2, d, dtype=dtype)
+    keys, rows = torch.randn(h, 2, m, d, dtype=dtype), torch.randint(m * m, (n, h, k))
+    found = cpu.half_key_gradients(grad_scores, query, keys, rows)
+    wanted = reference.half_key_gradients(grad_scores.double(), query.double(), keys.double(), rows)
+    for gradient, truth in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_a_half_key_that_every_token_picks_does_not_drift() -> None:
+    n = 20_000
+    grad_scores, query = torch.full((n, 1, 1), 0.1), torch.full((n, 1, 2, 2), 0.1)
+    keys, rows = torch.zeros(1, 2, 3, 2), torch.zeros(n, 1, 1, dtype=torch.int64)
+    _, grad_keys = cpu.half_key_gradients(grad_scores, query, keys, rows)
+    term = float(torch.tensor(0.1).double() ** 2)
+    assert float(grad_keys[0, 0, 0, 0]) == pytest.approx(n * term, rel=1e-5)
+    assert not grad_keys[0, 0, 1:].any()
+
+
+def test_picks_do_not_depend_on_how_scores_lie_in_memory() -> None:
+    by_codebook = torch.randn(6, 2, 11, 40).permute(2, 0, 1, 3)
+    by_token = by_codebook.contiguous()
+    for found, wanted in zip(
+        cpu.pick_rows(by_codebook, 5), cpu.pick_rows(by_token, 5), strict=True
+    ):
+        assert torch.equal(found, wanted)

@@ -22,7 +22,6 @@ from strata.ops.product_key_topk.reference import (
     pick_pairs,
     score_halves,
 )
-from strata.ops.weighted_bag import bag_forward, row_gradients
 
 __all__ = [
     "num_staircase_pairs",
@@ -105,19 +104,9 @@ def _(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def _topk_backward(
     grad_scores: Tensor, query: Tensor, keys: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    n, h, s, d = query.shape
-    m, k = keys.shape[2], rows.shape[2]
-    # All half-keys in one list of h * 2 * m rows; every half query is a bag of k of them.
-    halves_nhsk = torch.stack((rows // m, rows % m), dim=2)
-    codebooks_hs1 = torch.arange(h * s, device=rows.device).view(h, s, 1) * m
-    picks_qk = (halves_nhsk + codebooks_hs1).view(n * h * s, k)
-    weights_qk = grad_scores[:, :, None].expand(n, h, s, k).reshape(n * h * s, k)
-    flat_keys = keys.reshape(h * s * m, d)
-    grad_query = bag_forward(flat_keys, picks_qk, weights_qk).view(n, h, s, d)
-    rows_u, grad_ud = row_gradients(picks_qk, weights_qk, query.reshape(n * h * s, d))
-    grad_keys = torch.zeros_like(flat_keys)
-    grad_keys[rows_u] = grad_ud
-    return grad_query, grad_keys.view(h, s, m, d)
+    backend = implementation("product_key_topk", query)
+    grad_query, grad_keys = backend.half_key_gradients(grad_scores, query, keys, rows)
+    return grad_query, grad_keys
 
 
 @_topk_backward.register_fake

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from strata.ops.precision import accumulation_dtype, without_autocast
+from strata.ops.weighted_bag import bag_forward, row_gradients
 
 
 def pick_rows(half_scores_nhsm: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -29,14 +30,17 @@ def pick_rows(half_scores_nhsm: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def score_halves(query_nhsd: Tensor, keys_hsmd: Tensor) -> Tensor:
-    """Score each half of each query against its codebook: (n, h, 2, m) in fp32 or fp64."""
+    """Score each half of each query against its codebook: (n, h, 2, m) in fp32 or fp64.
+
+    Not contiguous: in memory the scores of one codebook lie together.
+    """
     wide = accumulation_dtype(query_nhsd)
     with without_autocast(query_nhsd.device):
         n, h, s, d = query_nhsd.shape
         m = keys_hsmd.shape[2]
         query_bnd = query_nhsd.to(wide).reshape(n, h * s, d).transpose(0, 1)
         keys_bdm = keys_hsmd.to(wide).reshape(h * s, m, d).transpose(1, 2)
-        return torch.bmm(query_bnd, keys_bdm).transpose(0, 1).reshape(n, h, s, m)
+        return torch.bmm(query_bnd, keys_bdm).view(h, s, n, m).permute(2, 0, 1, 3)
 
 
 def pick_pairs(half_scores_nhsm: Tensor, top_k: int) -> Tensor:
@@ -61,6 +65,27 @@ def pick_pairs(half_scores_nhsm: Tensor, top_k: int) -> Tensor:
     first_nhk = index_nhsk[:, :, 0].gather(-1, left_p[winners_nhk])
     second_nhk = index_nhsk[:, :, 1].gather(-1, right_p[winners_nhk])
     return torch.stack((first_nhk, second_nhk), dim=-1)
+
+
+def half_key_gradients(
+    grad_scores_nhk: Tensor, query_nhsd: Tensor, keys_hsmd: Tensor, rows_nhk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the picked scores to the queries (n, h, 2, d) and half-keys (h, 2, m, d).
+
+    All half-keys make one list of h * 2 * m rows, of which every half query is a bag of k.
+    """
+    n, h, s, d = query_nhsd.shape
+    m, k = keys_hsmd.shape[2], rows_nhk.shape[2]
+    halves_nhsk = torch.stack((rows_nhk // m, rows_nhk % m), dim=2)
+    codebooks_hs1 = torch.arange(h * s, device=rows_nhk.device).view(h, s, 1) * m
+    picks_qk = (halves_nhsk + codebooks_hs1).view(n * h * s, k)
+    weights_qk = grad_scores_nhk[:, :, None].expand(n, h, s, k).reshape(n * h * s, k)
+    flat_keys = keys_hsmd.reshape(h * s * m, d)
+    grad_query = bag_forward(flat_keys, picks_qk, weights_qk).view(n, h, s, d)
+    rows_u, grad_ud = row_gradients(picks_qk, weights_qk, query_nhsd.reshape(n * h * s, d))
+    grad_keys = torch.zeros_like(flat_keys)
+    grad_keys[rows_u] = grad_ud
+    return grad_query, grad_keys.view(h, s, m, d)
 
 
 def num_staircase_pairs(top_k: int) -> int:

@@ -13,6 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from strata.ops.product_key_topk import reference
+from strata.ops.product_key_topk.reference import half_key_gradients
+
+__all__ = ["half_key_gradients", "pick_rows"]
 
 _MOST_PICKS = 64  # beyond it the square of sums no longer fits a program
 
