@@ -145,9 +145,9 @@ def _threshold_candidates(scores, k, candidates, numbers):  # type: ignore[no-un
     for j in range(num_groups):
         largest[j] = scores[j]
     for group_start in range(num_groups, m - num_groups + 1, num_groups):
+        block = scores[group_start : group_start + num_groups]
         for j in range(num_groups):
-            score = scores[group_start + j]
-            largest[j] = score if score > largest[j] else largest[j]
+            largest[j] = block[j] if block[j] > largest[j] else largest[j]
     low = high = largest[0]
     for j in range(1, num_groups):
         low, high = min(low, largest[j]), max(high, largest[j])
