@@ -108,6 +108,10 @@ def value_rivals(
             4 * size.table_bytes,
             lambda: torch_way(dense_bag, fused_adam),
         ),
+        "fbgemm row-wise Adagrad": (
+            2 * size.table_bytes,
+            lambda: _fbgemm(size, values, rows, weights, grad_out, checked=checked),
+        ),
         "sparse embedding_bag + SparseAdam": (
             3 * size.table_bytes + 4 * _gathered_bytes(size),
             lambda: torch_way(sparse_bag, lambda p: torch.optim.SparseAdam(p, lr=1e-3)),
@@ -115,10 +119,6 @@ def value_rivals(
         "gather + einsum + fused Adam": (
             4 * size.table_bytes + 3 * _gathered_bytes(size),
             lambda: torch_way(gather, fused_adam),
-        ),
-        "fbgemm row-wise Adagrad": (
-            2 * size.table_bytes,
-            lambda: _fbgemm(size, values, rows, weights, grad_out, checked=checked),
         ),
     }
     return _make(makers, values.device)
@@ -223,8 +223,8 @@ def _fbgemm(
 
 def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]], device: torch.device) -> Rivals:
     contestants, skipped = {}, {}
+    free_bytes = _free_bytes(device)
     for name, (needed_bytes, maker) in makers.items():
-        free_bytes = _free_bytes(device)
         if needed_bytes > 0.8 * free_bytes:
             skipped[name] = f"needs {needed_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
             continue
@@ -232,6 +232,8 @@ def _make(makers: dict[str, tuple[int, Callable[[], Contestant]]], device: torch
             contestants[name] = maker()
         except (ImportError, OSError) as error:  # OSError: built for another torch
             skipped[name] = " ".join(str(error).split())[:120]
+        else:
+            free_bytes -= needed_bytes  # most of it is taken later, by gradients and optimizers
     return contestants, skipped
 
 
