@@ -297,6 +297,19 @@ class TestStochasticRounding:
         # A draw deviates by at most half a spacing; five deviations of the mean of 40,000.
         assert abs(float(drawn.mean()) - wide) < 5 * 0.5 * spacing / count**0.5
 
+    def test_columns_are_rounded_independently(self) -> None:
+        """Up or down in one column says nothing about its neighbours, near or far."""
+        rows, width = 20_000, 40
+        values = torch.ones(rows, width, dtype=torch.bfloat16)
+        gradients = RowGradients(torch.arange(rows), torch.full((rows, width), -0.4 * 2.0**-7))
+        row_update(values, {}, gradients, algorithm="sgd", lr=1.0, rounding="stochastic")
+        up = (values > 1).double() - 0.4
+        for lag in (1, 2, 16, 32):
+            correlation = float((up[:, lag:] * up[:, :-lag]).mean()) / (0.4 * 0.6)
+            # Pairs of one row share its two numbers, so rows count: five deviations of their mean.
+            assert abs(correlation) < 5 / rows**0.5
+            assert abs(float((up[lag:] * up[:-lag]).mean())) / (0.4 * 0.6) < 5 / rows**0.5
+
     def test_small_updates_survive_where_nearest_loses_them(self) -> None:
         small = 2.0**-12  # a thirty-second of the spacing of bf16 at 1
         assert (self.one_step(1.0, small, 1000, rounding="nearest") == 1.0).all()

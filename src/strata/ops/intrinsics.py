@@ -20,7 +20,7 @@ compiled = njit(
 
 # numba computes with 64-bit integers unless each step is cast back, and that halves the vectors.
 _HALF, _ONE = np.uint32(16), np.uint32(1)
-_GOLDEN, _MIX, _NAN = np.uint32(0x9E3779B9), np.uint32(0x7FEB352D), np.uint32(0x7FC00000)
+_NAN = np.uint32(0x7FC00000)
 
 
 def store(row: Any, column: Any, number: Any, noise: Any) -> None:
@@ -151,9 +151,9 @@ def _compiled_store(row, column, number, noise):  # type: ignore[no-untyped-def]
         if noise == 0:
             below = np.uint32(np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> _HALF) & _ONE))
         else:
-            mixed = np.uint32(noise + np.uint32(column * _GOLDEN))
-            mixed = np.uint32(np.uint32(mixed ^ np.uint32(mixed >> _HALF)) * _MIX)
-            below = np.uint32(mixed >> _HALF)
+            # Multiply-add hashing: pairs of columns are independent, over rows and seeds.
+            factor, shift = np.uint32(noise >> np.uint64(32)), np.uint32(noise)
+            below = np.uint32(np.uint32(np.uint32(column * factor) + shift) >> _HALF)
         # Infinity cannot carry, a NaN could carry into the sign.
         sum_bits = np.uint32(bits + below) if number == number else _NAN
         row[column] = np.uint16(np.uint32(sum_bits >> _HALF))
@@ -163,17 +163,17 @@ def _compiled_store(row, column, number, noise):  # type: ignore[no-untyped-def]
 
 @compiled
 def row_noise(seed: Any, row: Any) -> Any:
-    """What `store` draws a row's noise from, uint32: 0 for seed 0, not 0 for any other.
+    """What `store` draws a row's noise from, uint64: 0 for seed 0, not 0 for any other.
 
-    The splitmix64 finalizer of (seed, row), both uint64. Columns are then told apart by one more
-    step in 32 bits, which are cheap in vectors where 64 are not.
+    The splitmix64 finalizer of (seed, row), both uint64. Its halves make the noise of a column by
+    one multiplication in 32 bits, which is cheap in vectors where 64 bits are not.
     """
     if seed == 0:
-        return np.uint32(0)
+        return np.uint64(0)
     state = seed * np.uint64(0xD1B54A32D192ED03) + row * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.uint32((state >> np.uint64(32)) | np.uint64(1))
+    return (state ^ (state >> np.uint64(31))) | np.uint64(1)
 
 
 @compiled
