@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
@@ -19,7 +20,7 @@ class Factory(TypedDict):
     dtype: torch.dtype | None
 
 
-class RowTable(nn.Module):
+class RowTable(nn.Module, ABC):
     """What memory layers read: rows, however they are stored.
 
     `ValueTable` is the one that trains; `strata.layers.stored` and `mapped` hold the others.
@@ -31,26 +32,26 @@ class RowTable(nn.Module):
     storage: str
 
     @property
+    @abstractmethod
     def num_rows(self) -> int:
         """r."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """v, numbers per row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bag(self, rows_np: Tensor, weights_np: Tensor) -> Tensor:
         """Weighted sums of rows: (n, p) int64 and (n, p) -> (n, v), see `ops.weighted_bag`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dots(self, rows_np: Tensor, vectors_nv: Tensor) -> Tensor:
         """Rows times their bag's vector: (n, p) int64 and (n, v) -> (n, p), see `ops.row_dots`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self, rows_per_block: int) -> Iterable[Tensor]:
         """All rows in order as floats, some at a time, (b, v) each."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"num_rows={self.num_rows}, width={self.width}"
