@@ -37,6 +37,28 @@ WORDS = (
 )
 
 
+@pytest.fixture(scope="session")
+def tiny_quickstart() -> tuple[str, ...]:
+    """Overrides that make the quickstart's recipe so small that a step takes milliseconds."""
+    return (
+        "model.host.hidden_size=16",
+        "model.host.intermediate_size=16",
+        "model.host.num_hidden_layers=2",
+        "model.host.num_attention_heads=2",
+        "model.host.vocab_size=512",
+        "memory.layers=[1]",
+        "memory.num_half_keys=8",
+        "memory.num_heads=1",
+        "memory.top_k=4",
+        "memory.key_dim=8",
+        "data.batch_size=2",
+        "run.steps=2",
+        "run.checkpoint_every=1",
+        "run.precision=fp32",
+        "schedule.warmup_steps=1",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     """One thread and fixed seeds, whatever the tests before did."""

@@ -14,21 +14,6 @@ from strata.bench.train import TrainResult, bare_loop
 from strata.cli import main as command_line
 from strata.train.recipe import Recipe
 
-TINY = (
-    "model.host.hidden_size=16",
-    "model.host.intermediate_size=16",
-    "model.host.num_hidden_layers=2",
-    "model.host.num_attention_heads=2",
-    "model.host.vocab_size=512",
-    "memory.layers=[1]",
-    "memory.num_half_keys=8",
-    "memory.num_heads=1",
-    "memory.top_k=4",
-    "memory.key_dim=8",
-    "data.batch_size=2",
-    "run.precision=fp32",
-)
-
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["strata", "bench", "train", "--device", "cpu", *arguments])
@@ -38,9 +23,11 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_json_has_rates_and_their_ratios(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_quickstart: tuple[str, ...],
 ) -> None:
-    assert run([*TINY, "--rounds", "2", "--json"], monkeypatch) == 0
+    assert run([*tiny_quickstart, "--rounds", "2", "--json"], monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {
         "tokens_per_s",
@@ -56,9 +43,11 @@ def test_json_has_rates_and_their_ratios(
 
 
 def test_the_table_says_what_each_ratio_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_quickstart: tuple[str, ...],
 ) -> None:
-    assert run([*TINY, "--rounds", "1"], monkeypatch) == 0
+    assert run([*tiny_quickstart, "--rounds", "1"], monkeypatch) == 0
     shown = capsys.readouterr().out
     for words in ("tokens/s", "of dense", "of the bare loop", "logits at every position"):
         assert words in " ".join(shown.split())

@@ -14,30 +14,16 @@ from strata.data.facts.factbook import load_facts
 from strata.quickstart import run
 from strata.quickstart.report import Outcome
 
-TINY = [
-    "model.host.hidden_size=16",
-    "model.host.intermediate_size=16",
-    "model.host.num_hidden_layers=2",
-    "model.host.num_attention_heads=2",
-    "model.host.vocab_size=512",
-    "memory.layers=[1]",
-    "memory.num_half_keys=8",
-    "memory.num_heads=1",
-    "memory.top_k=4",
-    "memory.key_dim=8",
-    "data.batch_size=2",
-    "run.steps=2",
-    "run.checkpoint_every=1",
-    "run.precision=fp32",
-    "schedule.warmup_steps=1",
-]
-
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, str]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_quickstart: tuple[str, ...]
+) -> tuple[Path, Outcome, str]:
     out = tmp_path_factory.mktemp("quickstart") / "run"
     printed = io.StringIO()
-    outcome = run.quickstart(out, overrides=TINY, console=Console(file=printed, width=120))
+    outcome = run.quickstart(
+        out, overrides=tiny_quickstart, console=Console(file=printed, width=120)
+    )
     return out, outcome, printed.getvalue()
 
 
@@ -75,7 +61,10 @@ def test_both_models_are_ordinary_folders(finished: tuple[Path, Outcome, str]) -
 
 
 def test_an_interrupted_quickstart_goes_on_and_ends_the_same(
-    finished: tuple[Path, Outcome, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Outcome, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_quickstart: tuple[str, ...],
 ) -> None:
     """Stopped after the first model, then run again: the first is not trained twice."""
     _, whole, _ = finished
@@ -91,7 +80,7 @@ def test_an_interrupted_quickstart_goes_on_and_ends_the_same(
     monkeypatch.setattr(run, "compete", compete_once)
     console = Console(file=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
-        run.quickstart(tmp_path / "run", overrides=TINY, console=console)
+        run.quickstart(tmp_path / "run", overrides=tiny_quickstart, console=console)
     dense = tmp_path / "run" / "dense" / "model" / "model.safetensors"
     written = dense.stat().st_mtime_ns
     outcome = run.quickstart(tmp_path / "run", console=console)
@@ -99,12 +88,14 @@ def test_an_interrupted_quickstart_goes_on_and_ends_the_same(
     assert outcome.memory.recall == whole.memory.recall
 
 
-def test_a_finished_quickstart_starts_over(tmp_path: Path) -> None:
+def test_a_finished_quickstart_starts_over(
+    tmp_path: Path, tiny_quickstart: tuple[str, ...]
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / "report.json").write_text("{}", encoding="utf-8")
     (out / "stale").touch()
-    recipe = run.read_recipe(run.fresh_folder(out), TINY)
+    recipe = run.read_recipe(run.fresh_folder(out), tiny_quickstart)
     assert not (out / "stale").exists()
     assert recipe.run.steps == 2
 
