@@ -17,7 +17,7 @@ def ops_table(results: Sequence[OpResult], *, device: torch.device) -> Group:
     """Medians in milliseconds, each rival with its ratio to strata, and the floor with ours."""
     table = Table(title=f"operations on {device}, {torch.get_num_threads()} threads, medians in ms")
     for column in ("operation", "table", "contestant"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("ms", "times strata"):
         table.add_column(column, justify="right")
     notes = []

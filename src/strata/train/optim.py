@@ -117,7 +117,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     While it exists its tables queue (rows, weights, grad_out) in backward and their `.grad` stays
     None; a table that was not read since the last step is left alone. State is allocated at once,
-    so that memory does not grow during training.
+    so that memory does not grow during training. On a CPU tables are moved to huge pages, which
+    takes seconds a GiB for a table that was loaded from a file.
 
     Args:
         tables: the tables to train.
