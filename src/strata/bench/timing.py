@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,8 +22,9 @@ def race(
 ) -> dict[str, float]:
     """Median milliseconds of each contestant.
 
-    In every round each runs once, the first one rotating, so that what slows the machine for a
-    while slows all of them. One round before the first is not counted: it compiles and warms up.
+    In every round each runs once, in an order drawn anew, so that what slows the machine for a
+    while slows all of them, and none always follows the one that leaves the caches worst. One round
+    before the first is not counted: it compiles and warms up.
 
     Args:
         contestants: what to time, by name.
@@ -31,11 +33,11 @@ def race(
         on_round: called after each round.
         prepare: what some contestants need right before each run, not timed.
     """
-    names = list(contestants)
+    names, shuffle = list(contestants), random.Random(0).shuffle
     times_ms: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(rounds + 1):
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
+        shuffle(names)
+        for name in names:
             if prepare is not None and name in prepare:
                 prepare[name]()
             wait_for(device)
@@ -46,7 +48,7 @@ def race(
                 times_ms[name].append((time.perf_counter() - start_s) * 1e3)
         if on_round is not None:
             on_round()
-    return {name: statistics.median(times) for name, times in times_ms.items()}
+    return {name: statistics.median(times_ms[name]) for name in contestants}
 
 
 def copy_bytes_per_s(device: torch.device, *, rounds: int = 7) -> float:
