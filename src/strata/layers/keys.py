@@ -16,6 +16,7 @@ from strata.layers.values import Factory
 from strata.ops import product_key_topk
 from strata.ops.dispatch import unwatched
 from strata.ops.precision import accumulation_dtype, without_autocast
+from strata.ops.rms_norm import rms_norm
 
 
 class ProductKeys(nn.Module):
@@ -177,10 +178,10 @@ class HalfNorm(nn.Module):
 
     def forward(self, half: Tensor) -> Tensor:
         """(..., width) -> (..., width), fp32 (fp64 for fp64)."""
+        if self.kind == "rms":
+            return rms_norm(half, self.weight, eps=1e-6)
         wide = accumulation_dtype(half)
         half = half.to(wide)
-        if self.kind == "rms":
-            return F.rms_norm(half, half.shape[-1:], self.weight.to(wide), eps=1e-6)
         if self.kind == "layer":
             weight, bias = self.weight.to(wide), self.bias.to(wide)
             return F.layer_norm(half, half.shape[-1:], weight, bias, eps=1e-6)

@@ -3,6 +3,7 @@
     product_key_topk   queries and two half-key codebooks -> the best rows of the product table
     weighted_bag       rows and weights -> weighted sums of table rows, and its adjoint `row_dots`
     quantized_rows     rows as int8 or fp8 codes with a scale each, and bags over them
+    rms_norm           half queries and half-keys, normalised
     row_cache          which rows of a table on disk are in memory, and who makes room
     row_update         queued uses of a table -> one in-place update of the rows that were read
 
