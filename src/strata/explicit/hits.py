@@ -1,0 +1,29 @@
+"""What a search finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One reference that a search found.
+
+    Attributes:
+        id: of the reference in its bank.
+        score: larger is better; in the units of the retriever that found it.
+        text: of the reference.
+        source: where its document came from.
+        start, end: characters in the document.
+        metadata: of the document: flat, JSON values.
+    """
+
+    id: str
+    score: float
+    text: str
+    source: str
+    start: int
+    end: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
