@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from strata.errors import DataError
@@ -58,31 +58,31 @@ def cut(document: Document, tokenizer: Any, config: ExplicitMemoryConfig) -> lis
 
 
 class Tokens:
-    """A tokenizer as far as references go: no special tokens, nothing truncated.
-
-    Raises:
-        DataError: a slow tokenizer, which cannot say where its tokens stand.
-    """
+    """A tokenizer as far as references go: no special tokens, nothing truncated or padded."""
 
     def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise DataError(
-                f"{type(tokenizer).__name__} cannot say where its tokens stand in a text: open the "
-                "fast one, AutoTokenizer.from_pretrained(..., use_fast=True)"
-            )
         self._tokenizer = tokenizer
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Characters of each token."""
+        """Characters of each token.
+
+        Raises:
+            DataError: a slow tokenizer, which does not know.
+        """
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise DataError(
+                f"{type(self._tokenizer).__name__} cannot say where its tokens stand in a text: "
+                "open the fast one, AutoTokenizer.from_pretrained(..., use_fast=True)"
+            )
         return list(self._call(text, return_offsets_mapping=True)["offset_mapping"])
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
         return len(self._call(text)["input_ids"])
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
-        return list(self._call(texts)["input_ids"]) if texts else []
+        return list(self._call(list(texts))["input_ids"]) if texts else []
 
     def _call(self, text: str | list[str], **options: Any) -> Any:
         return self._tokenizer(
