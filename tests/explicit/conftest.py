@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=96,
@@ -69,3 +75,28 @@ def host_model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def make_host() -> Callable[..., PreTrainedModel]:
     """Makes one tiny decoder: `make_host("llama", num_hidden_layers=6)`."""
     return _make_host
+
+
+def _make_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token a character, within the tiny decoders' vocabulary."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters = ["\n", *map(chr, range(32, 123))]
+    vocab = {token: number for number, token in enumerate([*special, *characters])}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>")),
+        bos_token="<s>" if bos else None,
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes a tokenizer of one token a character: `make_tokenizer(bos=False)`."""
+    return _make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    return _make_tokenizer()

@@ -1,0 +1,409 @@
+"""References read by the decoder, and what its memory heads keep of them.
+
+Shapes: n references, h query heads, s memory heads of all layers, g memory heads of one layer,
+r query heads that share a KV head, t tokens of the longest reference, m tokens of the marker, k
+tokens kept, l tokens of the whole input, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from strata.errors import ConfigError, DataError
+from strata.explicit.cut import Tokens
+from strata.explicit.host import Host
+from strata.explicit.memories import Memories
+from strata.explicit.select import LayerStates, keep_highest, make_selector
+from strata.explicit.settings import ExplicitMemoryConfig
+
+_BEGINNING = "<s>"
+# Asked of the model between a reference and its repetition; KVzip asks nearly the same.
+_REQUEST = "\n\nRepeat the previous context:\n\n"
+
+
+class Encoder:
+    """Turns texts into memories of one decoder.
+
+    A text is read alone, behind the marker, by the decoder's layers up to the last one with memory,
+    whose attention ends the pass. The same text gives the same memory in any batch. Nothing of the
+    model changes, also while its attention is intercepted by others.
+
+    Args:
+        host: the decoder.
+        tokenizer: the decoder's own.
+        config: layers, heads, selector, marker and lengths.
+
+    Attributes:
+        shape: of each memory.
+        marker_ids: tokens before each reference, the beginning-of-sequence token included.
+
+    Raises:
+        HostError: this decoder has no such layers or heads.
+        ConfigError: an unknown selector, or references longer than the decoder's positions.
+    """
+
+    def __init__(self, host: Host, tokenizer: Any, config: ExplicitMemoryConfig) -> None:
+        self.host = host
+        self.config = config
+        self.shape = host.memory_shape(config)
+        self._selector = make_selector(config.selector)
+        self._tokens = Tokens(tokenizer)
+        bos = getattr(tokenizer, "bos_token_id", None)
+        self._beginning_ids: list[int] = [] if bos is None else [int(bos)]
+        self.marker_ids = self._marker_ids(config.marker)
+        self._embedding: Any = host.model.get_input_embeddings()
+        self._request_ids = self._tokens.ids([_REQUEST])[0] if self._selector.repeats else []
+        longest = len(self.marker_ids) + config.reference_tokens
+        if self._selector.repeats:
+            longest += len(self._request_ids) + config.reference_tokens
+        text_config = host.model.config.get_text_config()
+        positions = getattr(text_config, "max_position_embeddings", longest)
+        if longest > positions:
+            raise ConfigError(
+                f"reference_tokens {config.reference_tokens} makes inputs of {longest} tokens, "
+                f"above the {positions} positions of {type(host.model).__name__}: lower it"
+            )
+
+    def encode(
+        self, texts: Sequence[str], *, batch_size: int = 32, with_grad: bool = False
+    ) -> Memories:
+        """Memories of texts, in their order.
+
+        Args:
+            texts: at least one, each of 1 to `reference_tokens` tokens.
+            batch_size: texts read at once; of similar length, whatever their order.
+            with_grad: keep the graph from the memories to the decoder's weights, and the decoder in
+                its mode of training; else it is read as in evaluation.
+
+        Returns:
+            Memories in the decoder's dtype, on its device.
+
+        Raises:
+            DataError: no text, an empty or too long one, or ids that the decoder does not have.
+        """
+        ids = self._ids(texts, self.config.reference_tokens)
+        for number, row in enumerate(ids):
+            if len(row) > self.config.reference_tokens:
+                raise DataError(
+                    f"text {number} has {len(row)} tokens, above reference_tokens "
+                    f"{self.config.reference_tokens}: cut it with strata.explicit.cut"
+                )
+        with torch.set_grad_enabled(with_grad), _mode(self.host.model, evaluate=not with_grad):
+            return _in_batches(
+                ids, batch_size, partial(self._encode, with_grad=with_grad), Memories.cat
+            )
+
+    def queries(
+        self, texts: Sequence[str] | Sequence[Sequence[int]], *, batch_size: int = 32
+    ) -> Tensor:
+        """What the memory heads look for while the model reads each text, as one vector a head.
+
+        The mean, over tokens and over the query heads of a KV head, of the queries before rotary
+        positions. With `key_vectors` it is a retriever without a second model: their dot product,
+        averaged over heads, is the mean of q . k over heads, tokens of a text and tokens kept of a
+        reference, positions aside. A plain choice: a mean over tokens blurs what single tokens ask
+        for, and a decoder's keys were not trained for search.
+
+        Args:
+            texts: ordinary text, or token ids; of longer ones the last `reference_tokens` tokens
+                are read, behind the beginning-of-sequence token.
+            batch_size: texts read at once.
+
+        Returns:
+            (n, s, d), fp32, on the decoder's device, memory heads as in `shape`.
+
+        Raises:
+            DataError: no text, an empty one, or ids that the decoder does not have.
+        """
+        ids = self._ids(texts, self.config.reference_tokens)
+        ids = [row[-self.config.reference_tokens :] for row in ids]
+        with torch.no_grad(), _mode(self.host.model, evaluate=True):
+            return _in_batches(ids, batch_size, self._mean_queries, torch.cat)
+
+    def _marker_ids(self, marker: str) -> list[int]:
+        if marker.startswith(_BEGINNING):
+            rest = marker.removeprefix(_BEGINNING)
+            return [*self._beginning_ids, *(self._tokens.ids([rest])[0] if rest else [])]
+        return self._tokens.ids([marker])[0] if marker else []
+
+    def _ids(self, texts: Sequence[str] | Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+        if isinstance(texts, str):
+            raise DataError("texts is one string: give a list of texts")
+        if not len(texts):
+            raise DataError("no texts to encode: give at least one")
+        words = [text for text in texts if isinstance(text, str)]
+        tokenized = iter(self._tokens.ids(words))
+        ids = [next(tokenized) if isinstance(text, str) else list(text) for text in texts]
+        num_embeddings = int(self._embedding.num_embeddings)
+        for number, row in enumerate(ids):
+            if not row:
+                raise DataError(f"text {number} is empty: leave it out")
+            if not 0 <= min(row) <= max(row) < num_embeddings:
+                raise DataError(
+                    f"text {number} has token {max(row)}, and the model only {num_embeddings}: the "
+                    "tokenizer is not this model's own"
+                )
+        return ids
+
+    def _encode(self, ids: Sequence[list[int]], *, with_grad: bool) -> Memories:
+        if self._selector.repeats:
+            tails = [[*self._request_ids, *row] for row in ids]
+        else:
+            tails = [[] for _ in ids]
+        batch = _Batch.of(self.marker_ids, ids, tails, self.host.device)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        received: list[_Received] = []
+
+        def take(states: _Received) -> None:
+            # A checkpointed layer is computed again in the backward pass, without our work in it.
+            if with_grad:
+                received.append(states)
+            else:
+                parts.append(self._keep(batch, states))
+
+        self._read(batch.ids_nl, take)
+        parts += [self._keep(batch, states) for states in received]
+        keys, values, places = zip(*parts, strict=True)
+        kept_n = batch.lengths_n.clamp(max=self.shape.tokens)
+        return Memories(torch.cat(keys, 1), torch.cat(values, 1), torch.cat(places, 1), kept_n)
+
+    def _mean_queries(self, ids: Sequence[list[int]]) -> Tensor:
+        batch = _Batch.of(self._beginning_ids, ids, [[] for _ in ids], self.host.device)
+        parts: list[Tensor] = []
+
+        def take(states: _Received) -> None:
+            query_ngrtd = self._queries(batch, states)
+            valid_nt = batch.valid_nt.to(query_ngrtd.device)
+            sum_ngrd = (query_ngrtd * valid_nt[:, None, None, :, None]).sum(3)
+            mean_ngd = sum_ngrd.mean(2) / valid_nt.sum(1)[:, None, None]
+            parts.append(mean_ngd.to(self.host.device))
+
+        self._read(batch.ids_nl, take)
+        return torch.cat(parts, 1)
+
+    def _read(self, ids_nl: Tensor, take: Callable[[_Received], None]) -> None:
+        """Run the decoder on `ids` until the last memory layer has queries, keys and values.
+
+        No mask is given: padding stands on the right, where a causal attention does not look.
+        """
+        layers, last = set(self.shape.layers), self.shape.layers[-1]
+
+        def attend(
+            underneath: Callable[..., tuple[Tensor, Tensor | None]],
+            module: Any,
+            query_nhld: Tensor,
+            key_nhld: Tensor,
+            value_nhld: Tensor,
+            mask: Tensor | None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor | None]:
+            layer = int(module.layer_idx)
+            if layer in layers:
+                scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+                if scaling is None:
+                    scaling = module.head_dim**-0.5
+                take(_Received(layer, query_nhld, key_nhld, value_nhld, float(scaling), softcap))
+            if layer == last:
+                raise _Enough
+            return underneath(module, query_nhld, key_nhld, value_nhld, mask, **kwargs)
+
+        with self.host.intercepted(attend):
+            try:
+                self.host.model.get_decoder()(input_ids=ids_nl, use_cache=False)
+            except _Enough:
+                return
+        raise AssertionError(f"layer {last} was never reached")
+
+    def _heads(self, layer: int) -> tuple[int, ...]:
+        return tuple(head for at, head in self.shape.heads if at == layer)
+
+    def _keep(self, batch: _Batch, states: _Received) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values (n, g, k, d) and places (n, g, k) that one layer's memory heads keep."""
+        device = states.key_nhld.device
+        with torch.autocast(device.type, enabled=False):
+            heads = self._heads(states.layer)
+            key_ngtd = self._unrotated(batch, states.layer, _pick(states.key_nhld, heads, 1))
+            value_ngtd = batch.reference(_pick(states.value_nhld, heads, 1))
+            valid_nt = batch.valid_nt.to(device)
+            with torch.no_grad():
+                scores_ngt = self._selector.scores(
+                    LayerStates(
+                        layer=states.layer,
+                        heads=heads,
+                        ids_nt=batch.reference(batch.ids_nl, dim=1).to(device),
+                        valid_nt=valid_nt,
+                        keys_ngtd=key_ngtd,
+                        values_ngtd=value_ngtd,
+                        scaling=states.scaling,
+                        softcap=states.softcap,
+                        make_queries=lambda: self._queries(batch, states),
+                        make_repeat_weights=(
+                            partial(self._repeat_weights, batch, states)
+                            if self._selector.repeats
+                            else None
+                        ),
+                    )
+                )
+            places_ngk = keep_highest(scores_ngt, valid_nt, tokens=self.shape.tokens)
+            filled_ngk = valid_nt[:, None].expand_as(scores_ngt).gather(2, places_ngk)
+            index_ngkd = places_ngk[..., None].expand(*places_ngk.shape, self.shape.head_dim)
+            missing = self.shape.tokens - places_ngk.shape[2]
+
+            def kept(states_ngtd: Tensor) -> Tensor:
+                chosen = states_ngtd.gather(2, index_ngkd).to(self.host.dtype)
+                chosen = chosen.masked_fill(~filled_ngk[..., None], 0)
+                return F.pad(chosen, (0, 0, 0, missing)).to(self.host.device)
+
+            places = F.pad(places_ngk * filled_ngk, (0, missing)).to(torch.int16)
+            return kept(key_ngtd), kept(value_ngtd), places.to(self.host.device)
+
+    def _unrotated(self, batch: _Batch, layer: int, states: Tensor) -> Tensor:
+        """States (..., l, d) of the reference tokens (..., t, d) before rotary, fp32."""
+        positions_t = torch.arange(batch.num_before, batch.num_before + batch.longest)
+        return self.host.unrotate(layer, batch.reference(states), positions_t)
+
+    def _by_memory_head(self, layer: int, query_nhld: Tensor) -> Tensor:
+        query_ngrld = query_nhld.unflatten(1, (self.host.num_kv_heads, -1))
+        return _pick(query_ngrld, self._heads(layer), 1)
+
+    def _queries(self, batch: _Batch, states: _Received) -> Tensor:
+        query_ngrld = self._by_memory_head(states.layer, states.query_nhld)
+        return self._unrotated(batch, states.layer, query_ngrld)
+
+    def _repeat_weights(self, batch: _Batch, states: _Received) -> Tensor:
+        """As in `LayerStates.repeat_weights_ngrqt`."""
+        begin = batch.num_before + int(batch.lengths_n.min())  # where the first repetition begins
+        heads, device = self._heads(states.layer), states.key_nhld.device
+        query_ngrqd = self._by_memory_head(states.layer, states.query_nhld)[:, :, :, begin:].float()
+        key_ngld = _pick(states.key_nhld, heads, 1).float()
+        logits_ngrql = query_ngrqd @ key_ngld[:, :, None].mT * states.scaling
+        if states.softcap is not None:
+            logits_ngrql = torch.tanh(logits_ngrql / states.softcap) * states.softcap
+        at_l = torch.arange(batch.ids_nl.shape[1], device=device)
+        at_q = at_l[begin:]
+        logits_ngrql = logits_ngrql.masked_fill_(at_l > at_q[:, None], -torch.inf)
+        weights_ngrqt = batch.reference(logits_ngrql.softmax(-1), dim=4)
+        first_n1 = batch.num_before + batch.lengths_n.to(device)[:, None]
+        repeats_nq = (at_q >= first_n1) & (at_q < batch.ends_n.to(device)[:, None])
+        return weights_ngrqt * repeats_nq[:, None, None, :, None]
+
+
+def key_vectors(memories: Memories) -> Tensor:
+    """The mean key of each memory head, to be searched with `Encoder.queries`.
+
+    Returns:
+        (n, s, d), fp32, before rotary positions.
+    """
+    # Empty places hold zeros, so that the sum is over what was kept.
+    sum_nsd = memories.keys_nstd.float().sum(2)
+    return sum_nsd / memories.kept_n[:, None, None]
+
+
+class _Enough(Exception):
+    """The last memory layer has been read."""
+
+
+@dataclass(frozen=True)
+class _Received:
+    """What the attention of one layer was called with."""
+
+    layer: int
+    query_nhld: Tensor
+    key_nhld: Tensor
+    value_nhld: Tensor
+    scaling: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Inputs of one forward pass: what stands before each reference, the reference, its tail.
+
+    Attributes:
+        ids_nl: int64, padded on the right with id 0.
+        num_before: m, the same for all.
+        lengths_n: tokens of each reference.
+        ends_n: tokens of each input, its padding left out.
+    """
+
+    ids_nl: Tensor
+    num_before: int
+    lengths_n: Tensor
+    ends_n: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        before: list[int],
+        references: Sequence[list[int]],
+        tails: Sequence[list[int]],
+        device: torch.device,
+    ) -> _Batch:
+        rows = [[*before, *row, *tail] for row, tail in zip(references, tails, strict=True)]
+        ids_nl = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        for number, row in enumerate(rows):
+            ids_nl[number, : len(row)] = torch.tensor(row)
+        lengths_n, ends_n = (torch.tensor([len(x) for x in y]) for y in (references, rows))
+        return cls(ids_nl.to(device), len(before), lengths_n.to(device), ends_n.to(device))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest reference."""
+        return int(self.lengths_n.max())
+
+    @property
+    def valid_nt(self) -> Tensor:
+        """Which tokens are of the reference."""
+        return torch.arange(self.longest, device=self.lengths_n.device) < self.lengths_n[:, None]
+
+    def reference(self, states: Tensor, *, dim: int = -2) -> Tensor:
+        """The part of the input where references stand, l -> t; `valid_nt` says how far each."""
+        return states.narrow(dim, self.num_before, self.longest)
+
+
+def _pick(states: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
+    if heads == tuple(range(states.shape[dim])):
+        return states
+    return states.index_select(dim, torch.tensor(heads, device=states.device))
+
+
+def _in_batches(
+    rows: Sequence[list[int]],
+    batch_size: int,
+    work: Callable[[Sequence[list[int]]], Any],
+    cat: Callable[[list[Any]], Any],
+) -> Any:
+    """Results of all rows, in order, from batches of rows of similar length."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}: give at least 1")
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    done = cat(
+        [
+            work([rows[number] for number in order[begin : begin + batch_size]])
+            for begin in range(0, len(order), batch_size)
+        ]
+    )
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return done[back]
+
+
+@contextmanager
+def _mode(model: nn.Module, *, evaluate: bool) -> Iterator[None]:
+    """Keep dropout out of memories; flags are set one by one, for `train()` may do more."""
+    training = [module for module in model.modules() if module.training] if evaluate else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
