@@ -1,7 +1,9 @@
 """What one attention layer reads before its context, and the attention over both.
 
-Keys and values of the context are never copied: the scores of both parts share one softmax, and
-each part's weights meet its own values.
+Keys and values of the context are never copied beside the memory's. Either the scores of both parts
+share one softmax and each part's weights meet its own values (`attend`: for single tokens, and
+where gradients are wanted), or torch's fused attention answers for the context and the two are
+merged by their log-sum-exps (`attend_context`, `attend_memory`, `merge`: for prompts).
 
 Shapes: b rows, h query heads, k KV heads, g query heads of one KV head, n queries, c context
 tokens, p places of memory (the marker's first), d head width.
@@ -36,6 +38,17 @@ class LayerMemory:
     marker: int
     window: int | None = None
     marker_at_bm: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> LayerMemory:
+        """The same for some of the rows, without a copy."""
+        part = slice(start, stop)
+        return replace(
+            self,
+            keys_bkpd=self.keys_bkpd[part],
+            values_bkpd=self.values_bkpd[part],
+            bias_bkp=None if self.bias_bkp is None else self.bias_bkp[part],
+            marker_at_bm=None if self.marker_at_bm is None else self.marker_at_bm[part],
+        )
 
     def select(self, rows: Tensor) -> LayerMemory:
         """The same for other rows, by index."""
@@ -91,26 +104,112 @@ def attend(
     b, h, n, d = query_bhnd.shape
     k = key_bkcd.shape[1]
     g = h // k
-    query = query_bhnd.reshape(b, k, g * n, d)
-
-    def scores_with(keys: Tensor) -> Tensor:
-        scores = torch.matmul(query, keys.transpose(2, 3)) * weighing.scaling
-        if weighing.softcap is not None:
-            scores = torch.tanh(scores / weighing.softcap) * weighing.softcap
-        return scores.view(b, k, g, n, keys.shape[2])
-
-    context = scores_with(key_bkcd)
-    least = torch.finfo(context.dtype).min
+    context = _scores(query_bhnd, key_bkcd, weighing)
     c = key_bkcd.shape[2]
     if mask is None and n > 1:
-        mask = torch.ones(n, c, dtype=torch.bool, device=query.device).tril(first)[None, None]
+        mask = torch.ones(n, c, dtype=torch.bool, device=query_bhnd.device).tril(first)[None, None]
     if mask is not None:
         mask = mask[..., :c]
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (k, g))
+        least = torch.finfo(context.dtype).min
         seen = mask.dtype == torch.bool
         context = context.masked_fill(~mask, least) if seen else context + mask
+    held = _memory_scores(memory, query_bhnd, weighing, position_ids)
+    scores = torch.cat([held, context.to(held.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_bhnd.dtype)
+    if weighing.dropout:
+        weights = F.dropout(weights, p=weighing.dropout)
+    weights = weights.view(b, k, g * n, -1)
+    p = memory.keys_bkpd.shape[2]
+    out = torch.matmul(weights[..., :p], memory.values_bkpd)
+    out = out + torch.matmul(weights[..., p:], value_bkcd)
+    return out.view(b, h, n, d).transpose(1, 2)
 
-    held = scores_with(memory.keys_bkpd)
+
+def attend_context(
+    query_bhnd: Tensor,
+    key_bkcd: Tensor,
+    value_bkcd: Tensor,
+    mask: Tensor | None,
+    weighing: Weighing,
+) -> tuple[Tensor, Tensor] | None:
+    """Attention over the context alone, by torch's fused kernels, and its log-sum-exp.
+
+    Returns:
+        (b, h, n, d) and fp32 (b, h, n); None where there is no such kernel: with softcap, dropout
+        or gradients, and on other devices than the CPU.
+    """
+    inputs = (query_bhnd, key_bkcd, value_bkcd)
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if (
+        query_bhnd.device.type != "cpu"
+        or weighing.softcap is not None
+        or weighing.dropout
+        or graded
+    ):
+        return None
+    h, n = query_bhnd.shape[1:3]
+    if mask is None:  # causal: the first query's own key is the first
+        key_bkcd, value_bkcd = key_bkcd[:, :, :n], value_bkcd[:, :, :n]
+    groups = h // key_bkcd.shape[1]
+    key = key_bkcd.repeat_interleave(groups, 1) if groups > 1 else key_bkcd
+    value = value_bkcd.repeat_interleave(groups, 1) if groups > 1 else value_bkcd
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        if mask.dtype == torch.bool:
+            least = torch.finfo(query_bhnd.dtype).min
+            mask = torch.zeros_like(mask, dtype=query_bhnd.dtype).masked_fill(~mask, least)
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query_bhnd, key, value, 0.0, mask is None, attn_mask=mask, scale=weighing.scaling
+    )
+    return out, total
+
+
+def attend_memory(
+    memory: LayerMemory, query_bhnd: Tensor, weighing: Weighing, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention over marker and memories alone, and its log-sum-exp.
+
+    Returns:
+        (b, h, n, d) and fp32 (b, h, n).
+    """
+    b, h, n, d = query_bhnd.shape
+    scores = _memory_scores(memory, query_bhnd, weighing, position_ids).float()
+    total = torch.logsumexp(scores, dim=-1)
+    weights = (scores - total[..., None]).exp().to(query_bhnd.dtype)
+    out = torch.matmul(weights.flatten(2, 3), memory.values_bkpd)
+    return out.view(b, h, n, d), total.view(b, h, n)
+
+
+def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Two attentions as one over both, by their log-sum-exps.
+
+    Args:
+        one, other: (b, h, n, d) and fp32 (b, h, n).
+
+    Returns:
+        (b, n, h, d), in the dtype of `one`.
+    """
+    share = torch.sigmoid(one[1] - other[1])[..., None]
+    out = torch.lerp(other[0].float(), one[0].float(), share)
+    return out.to(one[0].dtype).transpose(1, 2)
+
+
+def _scores(query_bhnd: Tensor, keys_bkpd: Tensor, weighing: Weighing) -> Tensor:
+    """(b, k, g, n, p)."""
+    b, h, n, d = query_bhnd.shape
+    k, p = keys_bkpd.shape[1:3]
+    query = query_bhnd.reshape(b, k, h // k * n, d)
+    scores = torch.matmul(query, keys_bkpd.transpose(2, 3)) * weighing.scaling
+    if weighing.softcap is not None:
+        scores = torch.tanh(scores / weighing.softcap) * weighing.softcap
+    return scores.view(b, k, h // k, n, p)
+
+
+def _memory_scores(
+    memory: LayerMemory, query_bhnd: Tensor, weighing: Weighing, position_ids: Tensor | None
+) -> Tensor:
+    held = _scores(query_bhnd, memory.keys_bkpd, weighing)
     if weighing.temperature != 1.0 or weighing.scale != 1.0:
         held = _reweighed(held, memory, weighing)
     elif memory.bias_bkp is not None:
@@ -119,17 +218,8 @@ def attend(
         assert memory.marker_at_bm is not None and position_ids is not None
         away = position_ids[:, :, None] - memory.marker_at_bm[:, None, :]
         gone = F.pad(away >= memory.window, (0, held.shape[-1] - memory.marker))
-        held = held.masked_fill(gone[:, None, None], least)
-
-    scores = torch.cat([held, context.to(held.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if weighing.dropout:
-        weights = F.dropout(weights, p=weighing.dropout)
-    weights = weights.view(b, k, g * n, -1)
-    p = memory.keys_bkpd.shape[2]
-    out = torch.matmul(weights[..., :p], memory.values_bkpd)
-    out = out + torch.matmul(weights[..., p:], value_bkcd)
-    return out.view(b, h, n, d).transpose(1, 2)
+        held = held.masked_fill(gone[:, None, None], torch.finfo(held.dtype).min)
+    return held
 
 
 def _reweighed(held: Tensor, memory: LayerMemory, weighing: Weighing) -> Tensor:

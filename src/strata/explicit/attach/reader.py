@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from strata.explicit.attach.fetch import AttachError, Statistics
-from strata.explicit.attach.layer_memory import LayerMemory, Weighing, attend
+from strata.explicit.attach.layer_memory import (
+    LayerMemory,
+    Weighing,
+    attend,
+    attend_context,
+    attend_memory,
+    merge,
+)
 from strata.explicit.attach.placing import Placer, RowMemories
 from strata.explicit.attach.presets import Preset
 
@@ -17,7 +24,7 @@ _UNSUPPORTED = ("s_aux", "position_bias", "cache")
 
 
 class PieceMemory:
-    """What all rows read in one stretch of columns.
+    """What the rows of a batch read, or the rows of several pieces one after another.
 
     Attributes:
         has_memory_b: rows that have a memory; the others attend plainly. None for all.
@@ -34,12 +41,15 @@ class PieceMemory:
     def __len__(self) -> int:
         return len(self._rows.origin_r)
 
-    def layer(self, number: int) -> LayerMemory | None:
-        """What one layer reads; None for nothing."""
+    def layer(self, number: int, start: int = 0, stop: int | None = None) -> LayerMemory | None:
+        """What some rows read in one layer; None for nothing."""
         if self._placed is not None:
             return self._placed[number]
+        rows = self._rows
+        if (start, stop) != (0, None):
+            rows = RowMemories(rows.memories, rows.index_rk[start:stop], rows.origin_r[start:stop])
         with self._statistics.timed("inject_ms"):
-            return self._placer.place(number, self._rows)
+            return self._placer.place(number, rows)
 
     def place(self) -> PieceMemory:
         """Put it in place in all layers now, for many steps to read."""
@@ -61,12 +71,17 @@ class Plan:
     """What the columns of a text of more than one token read.
 
     Attributes:
-        stretches: (start, stop, memory or None) of all columns, in order.
+        stretches: (start, stop) of columns that read the same, in order; all columns.
+        memory: of all rows of the first stretch, then of all rows of the second, and so on; None
+            where nothing was found for any.
+        plain_sb: which rows of which stretch have no memory and attend plainly, on the CPU.
         seen: columns that have been through the decoder.
         now: the columns that are going through it.
     """
 
-    stretches: list[tuple[int, int, PieceMemory | None]]
+    stretches: list[tuple[int, int]]
+    memory: PieceMemory | None
+    plain_sb: Tensor
     seen: int = 0
     now: tuple[int, int] = field(default=(0, 0))
 
@@ -104,57 +119,86 @@ class Reader:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """One attention call (see `Host.intercepted`). Weights are given by plain calls only."""
-        if self.plan is None and self.current is None:
+        several = query.shape[2] > 1 and self.plan is not None
+        memory = self.plan.memory if several and self.plan is not None else self.current
+        if memory is None:
             return underneath(module, query, key, value, mask, **kwargs)
-        n = query.shape[2]
-        parts: list[tuple[int, int, PieceMemory | None, LayerMemory | None]] = []
-        for start, stop, memory in self._stretches(n):
-            layer = None if memory is None else memory.layer(int(module.layer_idx))
-            parts.append((start, stop, memory, layer))
-        plain: Tensor | None = None
-        if any(layer is None or m is None or m.has_memory_b is not None for *_, m, layer in parts):
-            plain, weights = underneath(module, query, key, value, mask, **kwargs)
-            if all(layer is None for *_, layer in parts):
-                return plain, weights
         weighing = self._weighing(module, kwargs)
-        position_ids = kwargs.get("position_ids")
-        outs = []
-        for start, stop, memory, layer in parts:
-            if layer is None or memory is None:
-                assert plain is not None
-                outs.append(plain[:, start:stop])
-                continue
-            # Keys after the last query's own are of no use to these queries. Without a mask, the
-            # first query's own key is the first; with one, the last query's is the last or before.
-            last = key.shape[2] if n == 1 else stop if mask is None else key.shape[2] - n + stop
-            out = attend(
-                layer,
-                query[:, :, start:stop],
-                key[:, :, :last],
-                value[:, :, :last],
-                None if mask is None else mask[:, :, start:stop],
-                weighing,
-                first=start,
-                position_ids=None if position_ids is None else position_ids[:, start:stop],
-            )
-            if memory.has_memory_b is not None:
-                assert plain is not None
-                out = torch.where(
-                    memory.has_memory_b[:, None, None, None], out, plain[:, start:stop]
-                )
-            outs.append(out)
-        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).contiguous(), None
+        if several:
+            out = self._text(underneath, module, query, key, value, mask, weighing, kwargs)
+            return out.contiguous(), None
+        layer = memory.layer(int(module.layer_idx))
+        if layer is None:
+            return underneath(module, query, key, value, mask, **kwargs)
+        out = attend(
+            layer, query, key, value, mask, weighing, position_ids=kwargs.get("position_ids")
+        )
+        if memory.has_memory_b is not None:
+            plain, _ = underneath(module, query, key, value, mask, **kwargs)
+            out = torch.where(memory.has_memory_b[:, None, None, None], out, plain)
+        return out.contiguous(), None
 
-    def _stretches(self, n: int) -> list[tuple[int, int, PieceMemory | None]]:
-        if n == 1 or self.plan is None:
-            return [(0, n, self.current)]
-        first, last = self.plan.now
+    def _text(
+        self,
+        underneath: Any,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        weighing: Weighing,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Attention of several columns of the plan: (b, n, h, d)."""
+        plan = self.plan
+        assert plan is not None and plan.memory is not None
+        first, last = plan.now
+        b, n = query.shape[0], query.shape[2]
         assert last - first == n
-        return [
-            (max(start, first) - first, min(stop, last) - first, memory)
-            for start, stop, memory in self.plan.stretches
-            if start < last and stop > first
-        ]
+        number = [s for s, (a, z) in enumerate(plan.stretches) if a < last and z > first]
+        low, high = number[0], number[-1] + 1
+        spans = [(max(a, first) - first, min(z, last) - first) for a, z in plan.stretches[low:high]]
+        plain_sb = plan.plain_sb[low:high]
+        layer = None
+        if not bool(plain_sb.all()):
+            layer = plan.memory.layer(int(module.layer_idx), low * b, high * b)
+        if layer is None:
+            return underneath(module, query, key, value, mask, **kwargs)[0]
+        position_ids = kwargs.get("position_ids")
+        context = attend_context(query, key, value, mask, weighing)
+        if context is not None:
+            parts = []
+            for start, stop, length in _runs(spans):
+                of = layer.rows(start * b, stop * b)
+                a, z = spans[start][0], spans[stop - 1][1]
+                parts.append(_pieces_of(of, query[:, :, a:z], weighing, length, position_ids, a, z))
+            outs, totals = zip(*parts, strict=True)
+            out = merge(context, (torch.cat(outs, 2), torch.cat(totals, 2)))
+        else:
+            out = torch.cat(
+                [
+                    attend(
+                        layer.rows(s * b, (s + 1) * b),
+                        query[:, :, a:z],
+                        # Keys after the last query's own are of no use. Without a mask, the first
+                        # query's own key is the first; with one, the last's is the last or before.
+                        key[:, :, : z if mask is None else key.shape[2] - n + z],
+                        value[:, :, : z if mask is None else key.shape[2] - n + z],
+                        None if mask is None else mask[:, :, a:z],
+                        weighing,
+                        first=a,
+                        position_ids=None if position_ids is None else position_ids[:, a:z],
+                    )
+                    for s, (a, z) in enumerate(spans)
+                ],
+                dim=1,
+            )
+        if bool(plain_sb.any()):
+            plain, _ = underneath(module, query, key, value, mask, **kwargs)
+            lengths = torch.tensor([z - a for a, z in spans])
+            where = plain_sb.T.repeat_interleave(lengths, 1).to(out.device)
+            out = torch.where(where[:, :, None, None], plain, out)
+        return out
 
     def _weighing(self, module: Any, kwargs: dict[str, Any]) -> Weighing:
         for name in _UNSUPPORTED:
@@ -171,3 +215,40 @@ class Reader:
             temperature=self._preset.temperature,
             scale=self._preset.scale,
         )
+
+
+def _runs(spans: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(first span, span after the last, length) of neighbours of one length."""
+    runs: list[tuple[int, int, int]] = []
+    for number, (start, stop) in enumerate(spans):
+        if runs and runs[-1][2] == stop - start:
+            runs[-1] = (runs[-1][0], number + 1, stop - start)
+        else:
+            runs.append((number, number + 1, stop - start))
+    return runs
+
+
+def _pieces_of(
+    memory: LayerMemory,
+    query_bhnd: Tensor,
+    weighing: Weighing,
+    length: int,
+    position_ids: Tensor | None,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:
+    """Pieces of one length, each over its own rows of the memory, in one go."""
+    b, n = query_bhnd.shape[0], query_bhnd.shape[2]
+    pieces = n // length
+
+    def apart(states: Tensor) -> Tensor:  # (b, h, n, ...) -> (pieces * b, h, length, ...)
+        return states.unflatten(2, (pieces, length)).movedim(2, 0).flatten(0, 1)
+
+    def together(states: Tensor) -> Tensor:
+        return states.unflatten(0, (pieces, b)).movedim(0, 2).flatten(2, 3)
+
+    if position_ids is not None:
+        wide = position_ids[:, start:stop].expand(b, -1)[:, None]
+        position_ids = apart(wide)[:, 0]
+    out, total = attend_memory(memory, apart(query_bhnd), weighing, position_ids)
+    return together(out), together(total)

@@ -296,15 +296,22 @@ class Refresher:
             dict(zip(row_pieces, row_windows, strict=True))
             for row_pieces, row_windows in zip(pieces, windows, strict=True)
         ]
-        cut = [
-            (
-                start,
-                stop,
-                self._memory([None if p is None else asked[r][p] for r, p in enumerate(row)], None),
-            )
-            for start, stop, row in stretches(pieces, width)
+        cut = stretches(pieces, width)
+        rows = [
+            (None if piece is None else asked[r][piece])
+            for *_, read in cut
+            for r, piece in enumerate(read)
         ]
-        self._reader.plan = Plan(cut, seen=past)
+        found = self._fetched.hits
+        has = torch.tensor([w is not None and bool(found[w]) for w in rows]).view(len(cut), -1)
+        # What padding reads is of no use: it need not be plain, unless all of its row is.
+        padding = torch.tensor([w is None for w in rows]).view_as(has)
+        self._reader.plan = Plan(
+            [(start, stop) for start, stop, _ in cut],
+            self._memory(rows, None),
+            ~has & ~(padding & has.any(0)),
+            seen=past,
+        )
 
     def _memory(self, windows: Sequence[Window | None], room: int | None) -> PieceMemory | None:
         assert self._text is not None
@@ -319,7 +326,8 @@ class Refresher:
             for place, hit in enumerate(row_hits):
                 index[row, place] = found.slots[hit.id]
         index = index.to(self._placer.host.device)
-        rows = RowMemories(found.memories, index, self._text.origins_b)
+        origins = self._text.origins_b.repeat(len(hits) // len(self._text.origins_b))
+        rows = RowMemories(found.memories, index, origins)
         return PieceMemory(self._placer, rows, self._statistics)
 
     def _piece(self, row: int, number: int) -> Piece:

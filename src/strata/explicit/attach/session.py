@@ -120,7 +120,7 @@ class Session:
             return
         if self._generating:
             plan = self._reader.plan
-            if plan is not None and shape is not None and plan.now[1] != plan.stretches[-1][1]:
+            if plan is not None and shape is not None and plan.now[1] != plan.stretches[-1][-1]:
                 plan.begin(shape.shape[1])
             return
         cache = kwargs.get("past_key_values")
