@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from strata.errors import StrataError
-from strata.explicit.attach import attach
+from strata.explicit.attach import attach, presets
 from strata.explicit.memories import Memories
 from strata.explicit.settings import ExplicitMemoryConfig
 
@@ -106,6 +106,13 @@ def try_attach(model: Any, source: Any = None, tokenizer: Any = None, **options:
 def test_wrong_arguments(model: PreTrainedModel, options: dict[str, Any], says: str) -> None:
     refused(lambda: try_attach(model, **options), says)
     assert "generate" not in vars(model)
+
+
+def test_wrong_presets_and_sources(model: PreTrainedModel) -> None:
+    refused(lambda: presets.Preset(temperature=0.0), "temperature must be above 0, given 0.0")
+    refused(lambda: presets.Preset(scale=float("nan")), "scale must be above 0, given nan")
+    refused(lambda: presets.Preset(positions="around"), "parallel or sequential, given 'around'")
+    refused(lambda: try_attach(model, source=[1]), "list has no find")
 
 
 def test_a_tokenizer_far_too_small() -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from strata.explicit.attach.fetch import AttachError
 from strata.explicit.host import Host
 from strata.explicit.settings import ExplicitMemoryConfig
 
@@ -32,6 +33,9 @@ class Preset:
         selector: the token selector that the memories should be written with.
         every_layer: whether they should be written for every layer (but sliding ones), not only
             for the first half.
+
+    Raises:
+        AttachError: a temperature or scale of 0 or less, or other positions.
     """
 
     positions: Literal["parallel", "sequential"] = "parallel"
@@ -39,6 +43,13 @@ class Preset:
     scale: float = 1.0
     selector: str = "attention"
     every_layer: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "scale"):
+            if not getattr(self, name) > 0:
+                raise AttachError(f"{name} must be above 0, given {getattr(self, name)}")
+        if self.positions not in ("parallel", "sequential"):
+            raise AttachError(f"positions are parallel or sequential, given {self.positions!r}")
 
     def config(self, model: PreTrainedModel) -> ExplicitMemoryConfig:
         """Settings to write a bank with, so that this preset can read it.

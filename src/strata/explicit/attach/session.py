@@ -45,7 +45,8 @@ class Session:
     """What is attached, and what it did.
 
     Attributes:
-        used: one record for each refresh and row: which tokens read which memories.
+        used: one record for each refresh and row: which tokens read which memories. Grows until
+            it is cleared.
         stats: counts and times.
         config: the settings that memories are read with.
         preset: how they are read.
@@ -231,7 +232,8 @@ def attach(
     beam search, with or without a cache, dynamic or static. A direct call `model(input_ids, ...)`
     reads memories for its pieces too; further calls with its cache read on what its last piece
     read. Only single tokens may go through a compiled model. Where nothing is found, attention is
-    the decoder's own, bit for bit. Leaving the block waits for a `generate` in another thread.
+    the decoder's own, bit for bit. Attention weights (`output_attentions`) are given only by calls
+    that read nothing. Leaving the block waits for a `generate` in another thread.
 
     Args:
         model: a transformers decoder with sdpa or eager attention.
@@ -260,6 +262,11 @@ def attach(
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     _check(model, top_k=top_k, chunk_tokens=chunk_tokens, prefetch_tokens=prefetch_tokens)
+    for name in ("find", "load"):
+        if not callable(getattr(source, name, None)):
+            raise AttachError(
+                f"a source of memories has find and load; {type(source).__name__} has no {name}"
+            )
     host = Host(model)
     if any(hasattr(attention, "_strata_attend") for attention in host.attentions):
         raise AttachError("memory is attached to this model already; leave that block first")
