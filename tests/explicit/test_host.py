@@ -106,6 +106,16 @@ def test_default_layers_are_the_first_half_without_sliding_ones(make_host: MakeH
     assert Host(make_host("llama")).memory_shape(chosen).heads == ((1, 1), (3, 0), (3, 1))
 
 
+def test_a_window_named_by_the_config_alone_is_seen(make_host: MakeHost) -> None:
+    """Mistral's layers carry no window and no types; its config does."""
+    host = Host(make_host("mistral", sliding_window=16))
+    assert [host.window(layer) for layer in range(4)] == [16] * 4
+    with pytest.raises(HostError, match="sliding window only"):
+        host.memory_shape(ExplicitMemoryConfig())
+    assert Host(make_host("mistral")).window(0) is None
+    assert [Host(make_host("gemma2")).window(n) for n in range(4)] == [None, 512, None, 512]
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

@@ -81,13 +81,20 @@ class Host:
         """Of the decoder's weights."""
         return self.model.dtype
 
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a sliding layer sees, its own included; None for all of them."""
+        attention = self.attentions[layer]
+        config = attention.config
+        types = getattr(config, "layer_types", None)
+        if types is not None and types[layer] != "sliding_attention":
+            return None
+        # Without layer types (mistral, phi3) the config's window is that of every layer.
+        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        return None if window is None else int(window)
+
     def is_sliding(self, layer: int) -> bool:
         """Whether a layer sees only a window of the text; it then has no memory by default."""
-        attention = self.attentions[layer]
-        types = getattr(attention.config, "layer_types", None)
-        if types is not None:
-            return bool(types[layer] == "sliding_attention")
-        return getattr(attention, "sliding_window", None) is not None
+        return self.window(layer) is not None
 
     def memory_shape(self, config: ExplicitMemoryConfig) -> MemoryShape:
         """Which heads hold memory under these settings.

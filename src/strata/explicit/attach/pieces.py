@@ -1,0 +1,66 @@
+"""Which tokens ask for memories, and which tokens read them.
+
+A prompt is cut into pieces of `chunk` tokens counted from its end, so that the rows of a
+left-padded batch share borders and padding moves none. Each piece reads what was found for its own
+text; the first `chunk` generated tokens read what the prompt's last piece reads; then every `chunk`
+generated tokens ask for those that follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Columns of one row of a batch: [start, stop) read what was found for the text of the query.
+
+    Attributes:
+        query: columns [a, b) whose text is the query.
+        start, stop: columns that read.
+    """
+
+    query: tuple[int, int]
+    start: int
+    stop: int
+
+
+def prompt_pieces(first: int, end: int, chunk: int) -> list[Piece]:
+    """The pieces of a prompt in columns [first, end); the first may be short."""
+    borders = [*range(end, first, -chunk), first][::-1]
+    return [Piece((a, b), a, b) for a, b in pairwise(borders)]
+
+
+def generated_piece(first: int, end: int, number: int, chunk: int, ahead: int) -> Piece:
+    """A piece of generated text: number 1 begins `chunk` tokens after the prompt's end.
+
+    Args:
+        first, end: columns of the prompt.
+        number: 1, 2, ...; the tokens of number 0 read what the prompt's last piece reads.
+        chunk: tokens in a piece.
+        ahead: how many tokens before the piece its query ends.
+    """
+    start = end + number * chunk
+    asked = start - ahead
+    return Piece((max(first, asked - chunk), asked), start, start + chunk)
+
+
+def stretches(rows: list[list[Piece]], width: int) -> list[tuple[int, int, list[Piece | None]]]:
+    """Columns cut where any row changes its piece.
+
+    Args:
+        rows: pieces of each row, in order, not overlapping.
+        width: number of columns.
+
+    Returns:
+        (start, stop, piece of each row or None) for all columns, in order.
+    """
+    edges = {0, width}
+    for pieces in rows:
+        edges.update(edge for p in pieces for edge in (p.start, p.stop) if 0 < edge < width)
+    borders = sorted(edges)
+    return [
+        (a, b, [next((p for p in pieces if p.start <= a < p.stop), None) for pieces in rows])
+        for a, b in pairwise(borders)
+    ]
