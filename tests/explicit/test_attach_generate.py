@@ -37,9 +37,9 @@ def make_host(make_host: MakeHost) -> MakeHost:
     return lambda name, **changes: sharp(make_host(name, **changes))
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch(rows: Sequence[Sequence[int]] = ROWS) -> dict[str, torch.Tensor]:
     ids, mask = torch.zeros(2, 13, dtype=torch.long), torch.zeros(2, 13, dtype=torch.long)
-    for n, row in enumerate(ROWS):
+    for n, row in enumerate(rows):
         ids[n, 13 - len(row) :], mask[n, 13 - len(row) :] = torch.tensor(row), 1
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -154,41 +154,58 @@ def test_sampling_repeats_with_a_seed(make_host: MakeHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ahead", "use_cache"), [("llama", 0, True), ("gemma2", 2, True), ("llama", 1, False)]
+    ("name", "ahead", "use_cache", "seed"),
+    [("llama", 0, True, 38), ("gemma2", 2, True, 22), ("llama", 1, False, 38)],
 )
 def test_beam_search_is_that_of_the_loops(
-    make_host: MakeHost, name: str, ahead: int, use_cache: bool
+    make_host: MakeHost, name: str, ahead: int, use_cache: bool, seed: int
 ) -> None:
-    """Beams that trade places keep what their own text found: a search without cache agrees."""
+    """Beams that trade places keep what their own text found: a search without cache agrees.
+
+    The prompts are such that beams with different memories do trade places between refreshes.
+    """
     model = make_host(name)
     shelf = shelf_of(model)
     beams, steps = 3, 8
+    rng = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(5, 96, (n,), generator=rng).tolist() for n in (13, 9)]
     with attached(model, shelf, prefetch_tokens=ahead) as memory:
         out = model.generate(
-            **batch(), num_beams=beams, max_new_tokens=steps, eos_token_id=None, do_sample=False,
-            use_cache=use_cache, length_penalty=0.0, output_scores=True,
-            return_dict_in_generate=True,
+            **batch(rows), num_beams=beams, num_return_sequences=beams, max_new_tokens=steps,
+            eos_token_id=None, do_sample=False, use_cache=use_cache, length_penalty=0.0,
+            output_scores=True, return_dict_in_generate=True,
         )  # fmt: skip
-    moved = 0
-    for n, row in enumerate(ROWS):
+    traded = 0
+    for n, row in enumerate(rows):
         alive = [(0.0, list(row))]
-        for _ in range(steps):
+        for step in range(steps):
             grown = []
-            for place, (score, text) in enumerate(alive):
+            for score, text in alive:
                 scores = truth(model, shelf, text, len(row), ahead)[-1].log_softmax(-1)
                 top = scores.topk(beams)
                 grown += [
-                    (score + float(value), [*text, int(token)], place)
+                    (score + float(value), [*text, int(token)])
                     for value, token in zip(top.values, top.indices, strict=True)
                 ]
-            best = sorted(grown, key=lambda x: -x[0])[:beams]
-            moved += [place for *_, place in best] != list(range(beams))
-            alive = [(score, text) for score, text, _ in best]
-        assert out.sequences[n, 13:].tolist() == alive[0][1][len(row) :]
-        torch.testing.assert_close(
-            float(out.sequences_scores[n]), alive[0][0], atol=2e-4, rtol=1e-4
-        )
-    assert moved > 4
+            before, alive = alive, sorted(grown, key=lambda x: -x[0])[:beams]
+            if step % CHUNK and step > CHUNK:  # between refreshes: what did each place read?
+                read = [
+                    [
+                        reads(
+                            t, len(row), chunk=CHUNK, choose=by_sum, tokenizer=words(), ahead=ahead
+                        )[-1]
+                        for _, t in texts
+                    ]
+                    for texts in (before, alive)
+                ]
+                traded += read[0] != read[1]
+        for place, (score, text) in enumerate(alive):
+            got = n * beams + place
+            assert out.sequences[got, 13:].tolist() == text[len(row) :]
+            torch.testing.assert_close(
+                float(out.sequences_scores[got]), score, atol=2e-4, rtol=1e-4
+            )
+    assert traded > 0
     assert {r.beam for r in memory.used} == {0, 1, 2}
 
 
