@@ -72,8 +72,8 @@ def faiss_factory(head_dim: int) -> str:
     as many blocks as the divisor of d nearest d / 4, kept at d; a coarse code of two halves of 14
     bits; a fine code of 10 bits for each of m parts, m the divisor of d nearest 8 (the larger of
     two). It gives OPQ2_8, OPQ4_16, OPQ8_32, OPQ16_64, OPQ20_80, OPQ24_96, OPQ32_128, OPQ64_256,
-    each with `Residual2x14,PQ8x10`. Against bf16 that is a factor 11.4 at width 80, 18.3 at 128, 36.6 at
-    256: wide heads are coded more coarsely than the paper tried.
+    each with `Residual2x14,PQ8x10`. Against bf16 that is a factor 11.4 at width 80, 18.3 at 128,
+    36.6 at 256: wide heads are coded more coarsely than the paper tried.
 
     Raises:
         BankError: an odd width has no two halves.
@@ -466,15 +466,16 @@ def _residual_books(index: Any) -> ResidualBooks | None:
         return None
     rotation = None
     if transform is not None:
-        square = transform.d_in == transform.d_out
-        if not isinstance(transform, faiss.OPQMatrix) or not square or transform.have_bias:
+        # Written and read again, an OPQ matrix is a plain linear transform.
+        linear = isinstance(transform, faiss.LinearTransform) and not transform.have_bias
+        if not linear or not transform.is_orthonormal or transform.d_in != transform.d_out:
             return None
         matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
-        rotation = torch.from_numpy(matrix.copy())
+        rotation = torch.from_numpy(matrix).clone()
 
     def book(pq: Any) -> Tensor:
         entries = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
-        return torch.from_numpy(entries.copy())
+        return torch.from_numpy(entries).clone()
 
     books = ResidualBooks(book(coarse.pq), book(inner.pq), rotation)
     fits = books.coarse_bytes == inner.code_size_1 and books.code_bytes == inner.code_size
