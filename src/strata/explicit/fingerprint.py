@@ -111,7 +111,7 @@ def weights_sha256(model: nn.Module) -> str:
     Raises:
         BankError: a tensor has no numbers (meta device).
     """
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     saved = model.state_dict(keep_vars=True)
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
     names = sorted(tensors)
