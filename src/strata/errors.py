@@ -35,6 +35,10 @@ class ModelError(StrataError):
     """A model folder or a host architecture cannot be used."""
 
 
+class BankError(StrataError):
+    """A bank is missing, damaged, being written, or belongs to another model."""
+
+
 class StorageError(StrataError):
     """The disk is full, or a folder cannot be written."""
 

@@ -1,0 +1,19 @@
+"""The bank: references, their vectors and their memories, in one Lance dataset in a folder."""
+
+from strata.explicit.bank.add import AddReport
+from strata.explicit.bank.bank import Bank, SourceInfo, Stats, VersionInfo
+from strata.explicit.bank.records import Hit, Record
+from strata.explicit.bank.upkeep import CompactReport
+from strata.explicit.bank.verify import VerifyReport
+
+__all__ = [
+    "AddReport",
+    "Bank",
+    "CompactReport",
+    "Hit",
+    "Record",
+    "SourceInfo",
+    "Stats",
+    "VerifyReport",
+    "VersionInfo",
+]

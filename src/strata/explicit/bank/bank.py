@@ -1,0 +1,629 @@
+"""A bank on disk: made, opened, filled, searched, read, mended.
+
+A `Bank` sees one version: what others commit meanwhile shows after `refresh()`, what it commits
+itself at once. Searching and reading may go on in several threads; writing is for one process at a
+time. Lance's threads do not survive a fork: open a bank after forking, not before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strata.errors import BankError, StorageError
+from strata.explicit.bank import portable, records, seals, search, settings, upkeep
+from strata.explicit.bank.add import (
+    Adder,
+    AddReport,
+    Cut,
+    DocumentLike,
+    EmbedderLike,
+    EncoderLike,
+    sample_references,
+)
+from strata.explicit.bank.lock import writing
+from strata.explicit.bank.records import Hit, Record
+from strata.explicit.bank.settings import BankSettings, EmbedderSettings
+from strata.explicit.bank.store import Store
+from strata.explicit.bank.upkeep import CompactReport
+from strata.explicit.bank.verify import VerifyReport, verify
+from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
+from strata.explicit.fingerprint import Fingerprint, refuse_other
+from strata.explicit.memories import Memories, MemoryShape
+from strata.explicit.settings import ExplicitMemoryConfig
+
+_OURS = {settings.DATASET, settings.SEALS, settings.CODEC, settings.LOCK, "bank.json.tmp"}
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One source in a bank.
+
+    Attributes:
+        references: rows of it.
+        cold: those of them without memories yet.
+    """
+
+    source: str
+    references: int
+    cold: int
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """One version that can be opened.
+
+    Attributes:
+        at_s: when it was committed, seconds since 1970.
+        what: what the commit did.
+    """
+
+    version: int
+    rows: int
+    at_s: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A bank in numbers.
+
+    Attributes:
+        references, cold: rows, and those without memories.
+        sources: distinct ones.
+        characters: of all texts; references may overlap.
+        memory_bytes: of one memory's codes; None in a bank without a model.
+        disk_bytes: of the whole folder, old versions included.
+        files: data files of this version.
+        unindexed: rows that searches look at one by one.
+        vector_index: whether vectors are searched through an index.
+    """
+
+    version: int
+    references: int
+    cold: int
+    sources: int
+    characters: int
+    memory_bytes: int | None
+    disk_bytes: int
+    files: int
+    unindexed: int
+    vector_index: bool
+
+
+class Bank:
+    """References, vectors and memories in a folder. Made by `create`, `open` or `import_`.
+
+    Attributes:
+        path: the folder.
+        settings: what `bank.json` says.
+        codec: the bank's, or None while it belongs to no model.
+        index_rows: from so many rows on, vectors are searched through an index.
+    """
+
+    def __init__(self, path: Path, given: BankSettings, codec: Codec | None, store: Store) -> None:
+        self.path, self.settings, self.codec = path, given, codec
+        self.index_rows = search.INDEX_ROWS
+        self._store = store
+        self._checked = False
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        config: ExplicitMemoryConfig,
+        embedder: EmbedderLike | EmbedderSettings | None = None,
+        shape: MemoryShape | None = None,
+        fingerprint: Fingerprint | None = None,
+    ) -> Bank:
+        """Make an empty bank.
+
+        Args:
+            path: a folder that does not exist or is empty.
+            config: how references are cut, encoded and stored.
+            embedder: whose vectors the bank holds; None for none, then it is searched by words.
+            shape, fingerprint: of the model, both or neither; without them the bank holds text
+                and vectors only, until `bind`.
+
+        Raises:
+            BankError: there is something already, or the codec's name is unknown.
+        """
+        path = Path(path)
+        given = BankSettings(config=config, embedder=_embedder_settings(embedder))
+        codec = None
+        if shape is not None or fingerprint is not None:
+            given, codec = _with_model(given, shape, fingerprint)
+        bank = cls._make(path, given, codec)
+        bank._checked = fingerprint is not None
+        return bank
+
+    @classmethod
+    def _make(
+        cls,
+        path: Path,
+        given: BankSettings,
+        codec: Codec | None,
+        fill: Callable[[Store], None] | None = None,
+    ) -> Bank:
+        if path.is_file():
+            raise BankError(f"{path} is a file: give the name of a new folder")
+        if (path / settings.SETTINGS).exists():
+            raise BankError(f"there is a bank at {path}: open it, or give another folder")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            strangers = [entry.name for entry in path.iterdir() if entry.name not in _OURS]
+            if strangers:
+                raise BankError(f"{path} is not empty (it holds {strangers[0]!r}): give a new one")
+            with writing(path):
+                upkeep.clear(path)
+                width = None if given.embedder is None else given.embedder.width
+                store = Store.create(path, records.schema(width), search.set_up)
+                if fill is not None:
+                    fill(store)
+                settings.write_settings(path, given)  # last: without it there is no bank
+        except OSError as error:
+            raise StorageError(f"bank {path} cannot be made: {error.strerror}") from None
+        return cls(path, given, codec, store)
+
+    @classmethod
+    def open(cls, path: str | Path, *, version: int | None = None) -> Bank:
+        """Open a bank.
+
+        Args:
+            path: its folder.
+            version: an older one, from `versions`; it can be read but not written.
+
+        Raises:
+            BankError: no bank, a damaged one, or no such version.
+        """
+        path = Path(path)
+        given = settings.read_settings(path)
+        return cls(path, given, _open_codec(path, given), Store(path, version=version))
+
+    @property
+    def version(self) -> int:
+        """Which version this object sees."""
+        return self._store.version
+
+    def __len__(self) -> int:
+        return self._store.seal.rows
+
+    def refresh(self) -> None:
+        """See what others committed meanwhile, settings too."""
+        self.settings = settings.read_settings(self.path)
+        self.codec = _open_codec(self.path, self.settings)
+        self._store.refresh()
+
+    def check(self, model: Fingerprint) -> None:
+        """Refuse any model but the one that this bank belongs to.
+
+        Raises:
+            BankError: one sentence on what differs, or the bank belongs to no model yet.
+        """
+        if self.settings.fingerprint is None:
+            raise BankError(f"bank {self.path} belongs to no model yet: bind it to one")
+        refuse_other(self.settings.fingerprint, model)
+        self._checked = True
+
+    def bind(self, shape: MemoryShape, fingerprint: Fingerprint) -> None:
+        """Give a bank that was made without a model the one that its memories will belong to.
+
+        Raises:
+            BankError: it belongs to one.
+        """
+        with self._writing():
+            if self.settings.fingerprint is not None:
+                raise BankError(f"bank {self.path} belongs to a model already: make a new bank")
+            given, codec = _with_model(self.settings, shape, fingerprint)
+            settings.write_settings(self.path, given)
+            self.settings, self.codec, self._checked = given, codec, True
+
+    def train(
+        self,
+        documents: Iterable[DocumentLike],
+        *,
+        cut: Cut,
+        encoder: EncoderLike,
+        memories: int = 512,
+        batch_size: int = 16,
+        iterations: int = 10,
+    ) -> int:
+        """Train the codec on references drawn evenly from documents.
+
+        Args:
+            documents: a sample, or all that will be added.
+            cut: a document to its references.
+            encoder: of the bank's model.
+            memories: how many references to encode; all of them are held in memory, in fp32.
+            batch_size: references encoded at a time.
+            iterations: of k-means.
+
+        Returns:
+            References used.
+
+        Raises:
+            BankError: the codec is trained or has nothing to train, or the sample is too small.
+        """
+        with self._writing():
+            codec = self._codec_for(encoder)
+            if codec.trained:
+                raise BankError(f"codec {codec.name!r} of bank {self.path} needs no training")
+            sample = sample_references(documents, cut, memories)
+            if not sample:
+                raise BankError("no text in the documents given: nothing to train a codec on")
+            parts = []
+            for first in range(0, len(sample), batch_size):
+                texts = [reference.text for reference in sample[first : first + batch_size]]
+                parts.append(encoder.encode(texts).to(device="cpu"))
+            codec.train(Memories.cat(parts), iterations=iterations)
+            sha256 = save_codec(codec, self.path / settings.CODEC)
+            given = self.settings.model_copy(update={"codec_sha256": sha256})
+            settings.write_settings(self.path, given)
+            self.settings = given
+            return len(sample)
+
+    def add(
+        self,
+        documents: Iterable[DocumentLike],
+        *,
+        cut: Cut,
+        encoder: EncoderLike | None = None,
+        embedder: EmbedderLike | None = None,
+        batch_references: int = 1024,
+        batch_size: int = 64,
+        on_progress: Callable[[AddReport], None] | None = None,
+    ) -> AddReport:
+        """Add documents: new ones, and those that changed under their source.
+
+        A document is committed whole. What is there already is skipped, so that a run that was
+        killed is finished by running it again. A text that another source holds is not stored
+        twice; removing that source removes it, and the next `add` puts it back.
+
+        Args:
+            documents: each with text, source and metadata.
+            cut: a document to its references.
+            encoder: of the bank's model, after `check`; None leaves the new rows cold.
+            embedder: the one whose vectors the bank holds; None if it holds none.
+            batch_references: a commit comes with the first document's end after as many.
+            batch_size: references embedded and encoded at a time.
+            on_progress: called after each commit.
+
+        Raises:
+            BankError: another writer, another embedder or model, or a document that cannot be
+                stored; what was committed before stays.
+        """
+        with self._writing():
+            self._check_embedder(embedder)
+            codec = None if encoder is None else self._codec_for(encoder)
+            if codec is not None and not codec.trained:
+                raise BankError(
+                    f"codec {codec.name!r} of bank {self.path} is not trained yet: train it on a "
+                    "sample of the documents first"
+                )
+            adder = Adder(
+                self._store,
+                cut=cut,
+                codec=codec,
+                encoder=encoder,
+                embedder=embedder,
+                batch_references=batch_references,
+                batch_size=batch_size,
+                on_progress=on_progress,
+            )
+            report = adder.run(documents)
+            search.keep_indexed(self._store, index_rows=self.index_rows)
+            return report
+
+    def remove(self, sources: Iterable[str]) -> int:
+        """Take sources out, all in one commit; their text stays on the disk until `compact`.
+
+        Returns:
+            References removed.
+
+        Raises:
+            BankError: a source is not in the bank; nothing is removed then.
+        """
+        with self._writing():
+            wanted = {records.source_digest(source): source for source in sources}
+            if not wanted:
+                return 0
+            gone = records.one_of("source_id", wanted)
+            there = {
+                found
+                for batch in self._store.scan(["source_id"], where=gone)
+                for found in batch["source_id"].to_pylist()
+            }
+            for digest, source in wanted.items():
+                if digest not in there:
+                    raise BankError(f"no source {source!r} in bank {self.path}: list its sources")
+            return self._store.commit([], gone, f"remove {len(wanted)} sources")
+
+    def fill(self, ids: Sequence[str], memories: Memories) -> None:
+        """Give cold rows their memories, in one commit; rows that have some keep them.
+
+        Every call writes a file: fill many rows at once, or compact afterwards.
+
+        Args:
+            ids: n records, distinct.
+            memories: n, in the same order, from the bank's model after `check`.
+
+        Raises:
+            BankError: an id is not in the bank.
+        """
+        if len(ids) != len(memories) or len(set(ids)) != len(ids):
+            raise BankError(f"{len(ids)} ids for {len(memories)} memories, or an id twice")
+        with self._writing():
+            codec = self._codec_for(None)
+            blobs = dict(zip(ids, codec.encode(memories), strict=True))
+            rows = search.rows_by_id(self._store, ids, self._store.columns.names)
+            cold = []
+            for identifier in ids:
+                row = rows[identifier]
+                records.checked_record(row)
+                if row["codes"] is None:
+                    row["codes"] = blobs[identifier]
+                    row["checksum"] = records.checksum(row)
+                    cold.append(row)
+            if cold:
+                fragments = self._store.write(records.table_of(cold, self._store.columns))
+                gone = records.one_of("id", [row["id"] for row in cold])
+                self._store.commit(fragments, gone, f"fill {len(cold)} memories")
+
+    def cold(self, *, limit: int | None = None) -> list[str]:
+        """Ids of rows without memories, at most `limit` of them."""
+        found: list[str] = []
+        for batch in self._store.scan(["id", "checksum"], rows_at_once=8192):
+            pairs = zip(batch["id"].to_pylist(), batch["checksum"].to_pylist(), strict=True)
+            found += [identifier for identifier, check in pairs if records.is_cold(check)]
+            if limit is not None and len(found) >= limit:
+                return found[:limit]
+        return found
+
+    def search(
+        self,
+        query: Any,
+        top_k: int = 5,
+        where: Mapping[str, Any] | None = None,
+        *,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """The best references for a vector (cosine) or for the words of a text (BM25).
+
+        Args:
+            query: (width,) floats, or a string; a string has no syntax.
+            top_k: 1 to 10,000.
+            where: metadata that a hit must have, {key: value}, all of them.
+            exact: compare a vector with every row even where there is an index.
+
+        Returns:
+            Hits, best first, each checked against its checksum; fewer than top_k where there are
+            no more.
+
+        Raises:
+            BankError: a wrong query, or a damaged bank.
+        """
+        if isinstance(query, str):
+            return search.by_words(self._store, query, top_k, where)
+        return search.by_vector(self._store, query, top_k, where, exact=exact)
+
+    def take(self, ids: Sequence[str]) -> list[Record]:
+        """Whole records, in the order of their ids, each checked.
+
+        Raises:
+            BankError: an id is not in the bank, or its record is damaged.
+        """
+        rows = search.rows_by_id(self._store, ids, self._store.columns.names)
+        return [records.checked_record(rows[identifier]) for identifier in ids]
+
+    def blobs(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Codes of records, each checked; cold ones are left out.
+
+        Raises:
+            BankError: an id is not in the bank, or its codes are damaged.
+        """
+        rows = search.rows_by_id(self._store, ids, ["id", "codes", "checksum"])
+        found = {identifier: records.checked_codes(row) for identifier, row in rows.items()}
+        return {identifier: codes for identifier, codes in found.items() if codes is not None}
+
+    def load(self, ids: Sequence[str]) -> Memories:
+        """Decoded memories, in the order of their ids.
+
+        Raises:
+            BankError: an id is not in the bank, is cold, or its codes are damaged.
+        """
+        if self.codec is None:
+            raise BankError(f"bank {self.path} belongs to no model yet: it has no memories")
+        blobs = self.blobs(ids)
+        for identifier in ids:
+            if identifier not in blobs:
+                raise BankError(f"record {identifier} has no memory yet: encode and fill it")
+        return self.codec.decode([blobs[identifier] for identifier in ids])
+
+    def show(self, identifier: str) -> Record:
+        """One record; the first 4 or more digits of its id are enough where no other begins so.
+
+        Raises:
+            BankError: none or several begin so.
+        """
+        if not 4 <= len(identifier) <= 32 or not set(identifier) <= set("0123456789abcdef"):
+            raise BankError(f"{identifier!r} is no record id: give 4 to 32 hexadecimal digits")
+        where = f"id LIKE '{identifier}%'"
+        ids = [i for b in self._store.scan(["id"], where=where) for i in b["id"].to_pylist()]
+        if len(ids) != 1:
+            how_many = f"{len(ids)} records begin" if ids else "no record begins"
+            raise BankError(f"{how_many} with {identifier} in bank {self.path}")
+        return self.take(ids)[0]
+
+    def ls(self) -> list[SourceInfo]:
+        """All sources, by name."""
+        counts: dict[str, list[int]] = {}
+        for batch in self._store.scan(["source", "checksum"], rows_at_once=8192):
+            pairs = zip(batch["source"].to_pylist(), batch["checksum"].to_pylist(), strict=True)
+            for source, check in pairs:
+                count = counts.setdefault(source, [0, 0])
+                count[0] += 1
+                count[1] += records.is_cold(check)
+        return [SourceInfo(source, *counts[source]) for source in sorted(counts)]
+
+    def stats(self) -> Stats:
+        """The bank in numbers; reads texts and sources once."""
+        sources = self.ls()
+        characters = sum(
+            len(text)
+            for batch in self._store.scan(["text"], rows_at_once=8192)
+            for text in batch["text"].to_pylist()
+        )
+        return Stats(
+            version=self.version,
+            references=len(self),
+            cold=sum(source.cold for source in sources),
+            sources=len(sources),
+            characters=characters,
+            memory_bytes=None if self.codec is None else self.codec.bytes_per_memory,
+            disk_bytes=upkeep.folder_bytes(self.path),
+            files=len(self._store.dataset.get_fragments()),
+            unindexed=search.unindexed_rows(self._store),
+            vector_index=search.has_vector_index(self._store),
+        )
+
+    def digest(self) -> str:
+        """A hash of all content, whatever its order: equal for banks of equal records."""
+        return records.content_digest(
+            check
+            for batch in self._store.scan(["checksum"], rows_at_once=8192)
+            for check in batch["checksum"].to_pylist()
+        )
+
+    def verify(self) -> VerifyReport:
+        """Read everything of this version once and say what is broken; nothing is changed."""
+        return verify(self._store, self.codec)
+
+    def compact(self, *, keep_s: float = 3600.0, purge: bool = False) -> CompactReport:
+        """Merge small files, index all rows, and give up versions replaced long enough ago.
+
+        Args:
+            keep_s: how long a version can still be opened after the next one came. A reader that
+                has an older one open is told to open the bank again.
+            purge: rewrite every file that holds removed rows and keep no old version: after it,
+                removed text is gone from the folder.
+        """
+        with self._writing():
+            vector = 0 if self.settings.embedder is None else 4 * self.settings.embedder.width
+            codes = 0 if self.codec is None else self.codec.bytes_per_memory
+            return upkeep.compact(
+                self._store,
+                keep_s=0.0 if purge else keep_s,
+                index_rows=self.index_rows,
+                bytes_per_row=codes + vector + 1024,
+                purge=purge,
+            )
+
+    def versions(self) -> list[VersionInfo]:
+        """Versions that can be opened, oldest first."""
+        found = [seals.read(self.path, version) for version in seals.versions(self.path)]
+        return [VersionInfo(seal.version, seal.rows, seal.at_s, seal.what) for seal in found]
+
+    def export(self, out: str | Path) -> int:
+        """Write this version to a new folder of plain files, parquet and JSON; returns records.
+
+        Raises:
+            BankError: there is something at `out`, or a record is damaged.
+        """
+        return portable.export(self._store, Path(out))
+
+    @classmethod
+    def import_(cls, source: str | Path, path: str | Path) -> Bank:
+        """Make a bank with the content of an exported one.
+
+        Args:
+            source: the folder that `export` wrote.
+            path: a folder that does not exist or is empty.
+
+        Raises:
+            BankError: the export is damaged, or there is something at `path`.
+        """
+        source, path = Path(source), Path(path)
+        given = portable.check_export(source)
+        codec = _open_codec(source, given)
+
+        def fill(store: Store) -> None:
+            if given.codec_sha256 is not None:
+                shutil.copyfile(source / settings.CODEC, path / settings.CODEC)
+            fragments: list[Any] = []
+            for table in portable.read_tables(source, store.columns):
+                fragments += store.write(table)
+            store.commit(fragments, None, f"import {source.name}")
+            search.keep_indexed(store, index_rows=search.INDEX_ROWS)
+
+        return cls._make(path, given, codec, fill)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the writer's lock, and be at the newest version."""
+        with writing(self.path):
+            there = settings.read_settings(self.path)
+            if there != self.settings:
+                self.settings, self.codec = there, _open_codec(self.path, there)
+                self._checked = False
+            self._store.roll_forward()
+            yield
+
+    def _codec_for(self, encoder: EncoderLike | None) -> Codec:
+        """The codec, where memories may be written."""
+        if self.codec is None:
+            raise BankError(f"bank {self.path} belongs to no model yet: bind it to one")
+        if not self._checked:
+            raise BankError(
+                f"bank {self.path} was not checked against the model yet: call "
+                "check(fingerprint(...)) before memories are written"
+            )
+        shape = getattr(encoder, "shape", None)
+        if shape is not None and shape != self.codec.shape:
+            raise BankError(f"the encoder's memory heads are not those of bank {self.path}")
+        return self.codec
+
+    def _check_embedder(self, given: EmbedderLike | None) -> None:
+        wanted = self.settings.embedder
+        if (given is None) != (wanted is None):
+            has = "no vectors" if wanted is None else f"vectors of embedder {wanted.name!r}"
+            raise BankError(f"bank {self.path} holds {has}: give that embedder, or none")
+        if given is not None and wanted is not None and _embedder_settings(given) != wanted:
+            raise BankError(
+                f"bank {self.path} holds vectors of embedder {wanted.name!r} (width "
+                f"{wanted.width}), given {given.name!r} (width {given.width}): give the former, or "
+                "make a new bank"
+            )
+
+
+def _embedder_settings(given: EmbedderLike | EmbedderSettings | None) -> EmbedderSettings | None:
+    if given is None or isinstance(given, EmbedderSettings):
+        return given
+    return EmbedderSettings(name=given.name, width=given.width)
+
+
+def _with_model(
+    given: BankSettings, shape: MemoryShape | None, fingerprint: Fingerprint | None
+) -> tuple[BankSettings, Codec]:
+    if shape is None or fingerprint is None:
+        raise BankError("a bank belongs to a model by its memory shape and its fingerprint: both")
+    codec = make_codec(given.config.codec, shape)
+    update = {
+        "heads": shape.heads,
+        "tokens": shape.tokens,
+        "head_dim": shape.head_dim,
+        "fingerprint": fingerprint,
+    }
+    return given.model_copy(update=update), codec
+
+
+def _open_codec(path: Path, given: BankSettings) -> Codec | None:
+    if given.shape is None:
+        return None
+    if given.codec_sha256 is None:
+        return make_codec(given.config.codec, given.shape)
+    return load_codec(given.config.codec, given.shape, path / settings.CODEC, given.codec_sha256)

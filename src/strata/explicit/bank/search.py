@@ -1,0 +1,152 @@
+"""Finding references: by vector, exactly or through an index, and by words (BM25)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from strata.errors import BankError
+from strata.explicit.bank import records
+from strata.explicit.bank.records import Hit
+from strata.explicit.bank.store import Store
+
+MAX_TOP_K = 10_000
+INDEX_ROWS = 50_000  # exact search below: some 20 ms at width 384
+_MAX_QUERY_CHARACTERS = 100_000
+
+_PROBES = 32
+_REFINE = 10  # candidates per hit whose distance is computed from their whole vectors
+
+# Indexes that exist from the first version on, over nothing: Lance searches rows that an index
+# does not know yet one by one, so that they are right at any time.
+_INDEXES = (
+    ("id", "BTREE"),
+    ("source_id", "BTREE"),
+    ("tags", "LABEL_LIST"),
+    ("text", "INVERTED"),
+)
+_MAX_UNINDEXED_ROWS = 4096
+
+
+def set_up(dataset: Any) -> None:
+    """Make the indexes of an empty dataset."""
+    for column, kind in _INDEXES:
+        extra = {"with_position": False} if kind == "INVERTED" else {}
+        dataset.create_scalar_index(column, kind, name=f"{column}_idx", **extra)
+
+
+def by_vector(
+    store: Store, vector: Any, top_k: int, where: Mapping[str, Any] | None, *, exact: bool
+) -> list[Hit]:
+    """The rows nearest a vector by cosine; rows without a vector are never found."""
+    _check_top_k(top_k)
+    field = store.columns.field("vector") if "vector" in store.columns.names else None
+    if field is None:
+        raise BankError(
+            f"bank {store.folder} has no vectors: search it by words, or make it with an embedder"
+        )
+    query = np.asarray(vector, np.float32)
+    if query.shape != (field.type.list_size,):
+        raise BankError(
+            f"a query vector of shape {query.shape}; this bank's are ({field.type.list_size},)"
+        )
+    if not np.isfinite(query).all() or not query.any():
+        raise BankError("the query vector is zero, or holds NaN or infinity: it has no direction")
+    nearest: dict[str, Any] = {"column": "vector", "q": query, "k": top_k, "metric": "cosine"}
+    if exact:
+        nearest["use_index"] = False
+    else:
+        nearest |= {"nprobes": _PROBES, "refine_factor": _REFINE}
+    rows = store.find(
+        columns=[*records.HIT_COLUMNS, "_distance"],
+        nearest=nearest,
+        filter=records.condition(where),
+        prefilter=True,
+    )
+    return [records.checked_hit(row, 1.0 - row["_distance"]) for row in rows]
+
+
+def by_words(store: Store, text: str, top_k: int, where: Mapping[str, Any] | None) -> list[Hit]:
+    """The rows with the best BM25 for the words of a text; it has no syntax."""
+    from lance.query import MatchQuery
+
+    _check_top_k(top_k)
+    records.encoded(text, "query")
+    rows = store.find(
+        columns=[*records.HIT_COLUMNS, "_score"],
+        full_text_query=MatchQuery(text[:_MAX_QUERY_CHARACTERS], "text"),
+        limit=top_k,
+        filter=records.condition(where),
+        prefilter=True,
+    )
+    hits = [records.checked_hit(row, row["_score"]) for row in rows]
+    return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+
+
+def rows_by_id(store: Store, ids: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
+    """Rows of these ids, by id.
+
+    Raises:
+        BankError: an id is not in the bank.
+    """
+    wanted = list(dict.fromkeys(ids))
+    found: dict[str, Any] = {}
+    for first in range(0, len(wanted), 256):
+        where = records.one_of("id", wanted[first : first + 256])
+        for batch in store.scan(columns, where=where, rows_at_once=64):
+            found |= {row["id"]: row for row in batch.to_pylist()}
+    missing = next((identifier for identifier in wanted if identifier not in found), None)
+    if missing is not None:
+        raise BankError(
+            f"record {missing} is not in version {store.version} of bank {store.folder}"
+        )
+    return found
+
+
+def unindexed_rows(store: Store) -> int:
+    """Rows that the word index does not know yet and that are searched one by one."""
+    with store.guarded("cannot be read"):
+        return int(store.dataset.stats.index_stats("text_idx")["num_unindexed_rows"])
+
+
+def has_vector_index(store: Store) -> bool:
+    """Whether vectors are searched through an index."""
+    with store.guarded("cannot be read"):
+        return any(index.name == "vector_idx" for index in store.dataset.describe_indices())
+
+
+def keep_indexed(store: Store, *, index_rows: int, all_rows: bool = False) -> None:
+    """Index what is new, once it is a quarter of all rows; build the vector index once it pays.
+
+    Args:
+        index_rows: from so many rows on vectors are searched through an index.
+        all_rows: index also the last few.
+    """
+    rows = store.seal.rows
+    build = "vector" in store.columns.names and rows >= index_rows and not has_vector_index(store)
+    late = unindexed_rows(store)
+    if build:
+        store.change(lambda dataset: _build_vector_index(dataset, rows), "index vectors")
+    if late > (0 if all_rows else max(_MAX_UNINDEXED_ROWS, rows // 4)):
+        store.change(lambda dataset: dataset.optimize.optimize_indices(), "index new rows")
+
+
+def _build_vector_index(dataset: Any, rows: int) -> None:
+    """Inverted lists of product codes; distances of the best are computed from whole vectors."""
+    width = dataset.schema.field("vector").type.list_size
+    parts = max(m for m in range(1, width // 8 + 1) if width % m == 0) if width >= 8 else 1
+    dataset.create_index(
+        "vector",
+        "IVF_PQ",
+        name="vector_idx",
+        metric="cosine",
+        num_partitions=max(1, round(rows**0.5 / 2)),
+        num_sub_vectors=parts,
+    )
+
+
+def _check_top_k(top_k: int) -> None:
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise BankError(f"top_k {top_k} is not between 1 and {MAX_TOP_K:,}")

@@ -1,0 +1,153 @@
+"""What a bank says about itself: `bank.json`, checked as a whole before anything of it is used.
+
+BANK/bank.json            this file
+BANK/codec.safetensors    what training a codec found, where there is something to train
+BANK/references.lance/    one Lance dataset, a row a reference
+BANK/seals/               one small file a version: which files of the dataset belong to it
+BANK/writer.lock          held by whoever writes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from strata.errors import BankError
+from strata.explicit.fingerprint import Fingerprint
+from strata.explicit.memories import MemoryShape
+from strata.explicit.settings import ExplicitMemoryConfig
+
+FORMAT: Final = "strata-bank"
+FORMAT_VERSION: Final = 1
+SETTINGS = "bank.json"
+CODEC = "codec.safetensors"
+DATASET = "references.lance"
+SEALS = "seals"
+LOCK = "writer.lock"
+
+_MAX_SETTINGS_BYTES = 4 * 2**20
+
+
+class EmbedderSettings(BaseModel):
+    """Which embedder made the vectors, and how wide they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=1000)
+    width: int = Field(ge=1, le=65_536)
+
+
+class BankSettings(BaseModel):
+    """The whole of `bank.json`.
+
+    Attributes:
+        config: how references are cut, encoded and stored.
+        embedder: None for a bank without vectors.
+        heads, tokens, head_dim: the memories' shape; None in a bank that belongs to no model yet.
+        fingerprint: the model; None likewise.
+        codec_sha256: of `codec.safetensors`, once the codec is trained.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["strata-bank"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    config: ExplicitMemoryConfig
+    embedder: EmbedderSettings | None = None
+    heads: tuple[tuple[int, int], ...] | None = Field(default=None, max_length=100_000)
+    tokens: int | None = Field(default=None, ge=1, le=4096)
+    head_dim: int | None = Field(default=None, ge=1, le=4096)
+    fingerprint: Fingerprint | None = None
+    codec_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+    @property
+    def shape(self) -> MemoryShape | None:
+        """Of the memories."""
+        if self.heads is None or self.tokens is None or self.head_dim is None:
+            return None
+        return MemoryShape(self.heads, self.tokens, self.head_dim)
+
+
+def read_settings(folder: Path) -> BankSettings:
+    """Read and check `bank.json`.
+
+    Raises:
+        BankError: there is none, it is damaged, or another version of strata wrote it.
+    """
+    path = folder / SETTINGS
+    try:
+        if path.stat().st_size > _MAX_SETTINGS_BYTES:
+            raise BankError(f"{path} is larger than {_MAX_SETTINGS_BYTES // 2**20} MiB: not a bank")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise BankError(
+            f"no bank at {folder}: give the folder that holds {SETTINGS}, or create one"
+        ) from None
+    except OSError as error:
+        raise BankError(f"{path} cannot be read: {error.strerror}") from None
+    tree = parse_sealed(path, content)
+    if tree.get("format") != FORMAT or tree.get("format_version") != FORMAT_VERSION:
+        raise BankError(
+            f"{path} is {tree.get('format')!r} version {tree.get('format_version')!r}, this strata "
+            f"reads {FORMAT} version {FORMAT_VERSION}"
+        )
+    try:
+        return BankSettings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BankError(f"{path}: {where}: {' '.join(first['msg'].split())}") from None
+
+
+def write_settings(folder: Path, settings: BankSettings) -> None:
+    """Write `bank.json` so that it is either the old one or the whole new one."""
+    write_sealed(folder / SETTINGS, settings.model_dump(mode="json"))
+
+
+def parse_sealed(path: Path, content: bytes) -> dict[str, Any]:
+    """A JSON object whose last key, `sha256`, is that of the rest.
+
+    Raises:
+        BankError: it is not, or a byte of it is another than was written.
+    """
+    try:
+        tree = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        raise BankError(f"{path} is damaged: not JSON") from None
+    if not isinstance(tree, dict) or "sha256" not in tree:
+        raise BankError(f"{path} is not one of strata's files: it has no checksum")
+    given = tree.pop("sha256")
+    if given != _digest(tree):
+        raise BankError(f"{path} is damaged: its checksum does not match what it says")
+    return tree
+
+
+def write_sealed(path: Path, tree: dict[str, Any]) -> None:
+    """Write what `parse_sealed` reads, beside its place, synced, renamed."""
+    content = json.dumps({**tree, "sha256": _digest(tree)}, indent=1, ensure_ascii=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

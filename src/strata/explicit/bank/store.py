@@ -1,0 +1,243 @@
+"""The Lance dataset of a bank: opened at a sealed version, changed in single commits.
+
+Everything that Lance raises, its panics included, leaves here as one line.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from strata.errors import BankError, StorageError, StrataError
+from strata.explicit.bank import seals
+from strata.explicit.bank.settings import DATASET
+from strata.explicit.extras import require
+
+# A panic of Rust code arrives as a class of its own below BaseException.
+_PANIC = "PanicException"
+
+
+class Store:
+    """One version of the dataset; commits move it on.
+
+    Args:
+        folder: of the bank.
+        version: which; None for the newest.
+
+    Raises:
+        BankError: the version does not exist, or a file of it is damaged.
+    """
+
+    dataset: Any
+    seal: seals.Seal
+    _indexes_checked: bool
+
+    def __init__(self, folder: Path, *, version: int | None = None) -> None:
+        self.folder = folder
+        self._open(version)
+
+    @classmethod
+    def create(cls, folder: Path, columns: pa.Schema, setup: Callable[[Any], None]) -> Store:
+        """Make an empty dataset, set it up (indexes) and seal it."""
+        lance = require("lance")
+        store = cls.__new__(cls)
+        store.folder = folder
+        with store.guarded("cannot be created"):
+            empty = columns.empty_table()
+            dataset = lance.write_dataset(
+                empty, str(folder / DATASET), schema=columns, data_storage_version="2.2"
+            )
+            setup(dataset)
+            store.dataset = dataset
+            store.seal = store._seal(dataset, "created", None)
+        store._indexes_checked = True
+        return store
+
+    @property
+    def version(self) -> int:
+        """Of the dataset as this object sees it."""
+        return self.seal.version
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Of the dataset."""
+        columns: pa.Schema = self.dataset.schema
+        return columns
+
+    def refresh(self) -> None:
+        """Move on to the newest version."""
+        if seals.versions(self.folder)[-1:] != [self.version]:
+            self._open(None)
+
+    def scan(
+        self, columns: Sequence[str], *, where: str | None = None, rows_at_once: int = 1024
+    ) -> Iterator[pa.RecordBatch]:
+        """All rows, or those where an expression holds, in bounded batches."""
+        with self.guarded("cannot be read"):
+            yield from self.dataset.scanner(
+                columns=list(columns), filter=where, batch_size=rows_at_once, batch_readahead=2
+            ).to_batches()
+
+    def find(self, **query: Any) -> list[dict[str, Any]]:
+        """Rows of one search, as Lance's scanner takes it."""
+        if not self._indexes_checked:
+            seals.check_indexes(self.folder, self.seal)
+            self._indexes_checked = True
+        with self.guarded("cannot be searched"):
+            rows: list[dict[str, Any]] = self.dataset.scanner(**query).to_table().to_pylist()
+            return rows
+
+    # Writing: the caller holds the lock.
+
+    def roll_forward(self) -> None:
+        """Be at the newest version; seal what a killed writer had committed and not yet sealed."""
+        self.refresh()
+        lance = require("lance")
+        with self.guarded("cannot be opened"):
+            dataset = lance.dataset(str(self.folder / DATASET))
+            if dataset.version > self.version:
+                self.seal = self._seal(dataset, "finished an interrupted write", self.seal)
+                self.dataset = dataset
+
+    def write(self, table: pa.Table) -> list[Any]:
+        """Rows to files, which belong to no version before `commit`."""
+        from lance.fragment import write_fragments
+
+        with self.guarded("cannot be written"):
+            fragments: list[Any] = write_fragments(
+                table, self.dataset, table.schema, max_rows_per_file=2**20
+            )
+            return fragments
+
+    def commit(self, fragments: Sequence[Any], gone: str | None, what: str) -> int:
+        """Add files of rows and remove the rows where an expression holds, in one commit.
+
+        Args:
+            fragments: from `write`.
+            gone: expression, or None; it sees the rows before the commit only.
+            what: for people.
+
+        Returns:
+            Rows removed.
+        """
+        lance = require("lance")
+        with self.guarded("cannot be written"):
+            changed, emptied, count = [], [], 0
+            if gone is not None:
+                for number, offsets in self._addresses(gone).items():
+                    count += len(offsets)
+                    left = self.dataset.get_fragment(number).delete_rows(offsets)
+                    if left is None:
+                        emptied.append(number)
+                    else:
+                        changed.append(left)
+            if not fragments and not count:
+                return 0
+            operation = lance.LanceOperation.Append(list(fragments))
+            if count:
+                operation = lance.LanceOperation.Update(emptied, changed, list(fragments))
+            dataset = lance.LanceDataset.commit(
+                self.dataset, operation, read_version=self.dataset.version, commit_message=what
+            )
+            self.seal = self._seal(dataset, what, self.seal)
+            self.dataset = dataset
+        return count
+
+    def change(self, act: Callable[[Any], Any], what: str) -> Any:
+        """Let Lance change the dataset in place (indexes, compaction), then seal it."""
+        lance = require("lance")
+        with self.guarded("cannot be changed"):
+            dataset = lance.dataset(str(self.folder / DATASET), version=self.version)
+            result = act(dataset)
+            dataset = lance.dataset(str(self.folder / DATASET))
+            if dataset.version != self.version:
+                self.seal = self._seal(dataset, what, self.seal)
+                self.dataset = dataset
+        return result
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Turn what Lance and pyarrow raise into one line."""
+        try:
+            yield
+        except (StrataError, MemoryError, GeneratorExit):
+            raise
+        except Exception as error:
+            raise self._say(error, what) from None
+        except BaseException as error:
+            if type(error).__name__ != _PANIC:
+                raise
+            raise self._say(error, what) from None
+
+    def _say(self, error: BaseException, what: str) -> StrataError:
+        text = " ".join(str(error).split()) or type(error).__name__
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or "No space left on device" in text:
+            return StorageError(f"the disk is full: bank {self.folder} is as it was before")
+        seal = getattr(self, "seal", None)
+        if seal is not None and seal.version not in seals.versions(self.folder):
+            return BankError(
+                f"version {seal.version} of bank {self.folder} was removed by a compaction "
+                "meanwhile: open the bank again"
+            )
+        short = text if len(text) <= 200 else text[:197] + "..."
+        return BankError(f"bank {self.folder} {what}, it may be damaged: verify it ({short})")
+
+    def _open(self, version: int | None) -> None:
+        lance = require("lance")
+        last: BankError | None = None
+        for _ in range(5):  # a compaction may remove the newest version just before it is opened
+            known = seals.versions(self.folder)
+            if not known:
+                raise BankError(f"bank {self.folder} is damaged: it has no sealed version")
+            wanted = known[-1] if version is None else version
+            try:
+                seal = seals.read(self.folder, wanted)
+                seals.check_for_opening(self.folder, seal)
+                with self.guarded("cannot be opened"):
+                    dataset = lance.dataset(str(self.folder / DATASET), version=wanted)
+                    rows = dataset.count_rows()
+            except BankError as error:
+                last = error
+                if version is not None or seals.versions(self.folder)[-1:] == [wanted]:
+                    raise
+                continue
+            if rows != seal.rows:
+                raise BankError(
+                    f"bank {self.folder} is damaged: version {wanted} has {rows:,} rows, "
+                    f"{seal.rows:,} were written"
+                )
+            self.seal, self.dataset, self._indexes_checked = seal, dataset, False
+            return
+        assert last is not None
+        raise last
+
+    def _seal(self, dataset: Any, what: str, before: seals.Seal | None) -> seals.Seal:
+        files = [
+            path
+            for batch in dataset.tracked_files(min_version=dataset.version)
+            for path in batch["path"].to_pylist()
+        ]
+        return seals.write(
+            self.folder,
+            version=dataset.version,
+            rows=dataset.count_rows(),
+            what=what,
+            files=files,
+            before=before,
+        )
+
+    def _addresses(self, where: str) -> dict[int, list[int]]:
+        """Fragment -> offsets in it of the rows where an expression holds."""
+        scanner = self.dataset.scanner(columns=[], filter=where, with_row_address=True)
+        found: dict[int, list[int]] = defaultdict(list)
+        for batch in scanner.to_batches():
+            for address in batch["_rowaddr"].to_pylist():
+                found[address >> 32].append(address & 0xFFFFFFFF)
+        return found
