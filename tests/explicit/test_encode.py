@@ -443,6 +443,8 @@ def test_wrong_settings_are_refused(
         Encoder(host, tokenizer, _config(reference_tokens=70))
     with pytest.raises(ConfigError, match="above the 80 positions"):
         Encoder(host, tokenizer, _config(selector="reconstruction"))
+    with pytest.raises(ConfigError, match="heads names no KV head"):
+        Encoder(host, tokenizer, _config(heads={}))
     with pytest.raises(ConfigError, match="no selector 'best'"):
         Encoder(host, tokenizer, _config(selector="best"))
     with pytest.raises(ConfigError, match="batch_size is 0"):

@@ -47,13 +47,16 @@ class Encoder:
 
     Raises:
         HostError: this decoder has no such layers or heads.
-        ConfigError: an unknown selector, or references longer than the decoder's positions.
+        ConfigError: an unknown selector, no memory head, or references longer than the decoder's
+            positions.
     """
 
     def __init__(self, host: Host, tokenizer: Any, config: ExplicitMemoryConfig) -> None:
         self.host = host
         self.config = config
         self.shape = host.memory_shape(config)
+        if not self.shape.heads:
+            raise ConfigError("heads names no KV head of any memory layer: give at least one")
         self._selector = make_selector(config.selector)
         self._tokens = Tokens(tokenizer)
         bos = getattr(tokenizer, "bos_token_id", None)
@@ -280,7 +283,7 @@ class Encoder:
 
     def _repeat_weights(self, batch: _Batch, states: _Received) -> Tensor:
         """As in `LayerStates.repeat_weights_ngrqt`."""
-        begin = batch.num_before + int(batch.lengths_n.min())  # where the first repetition begins
+        begin = batch.num_before + batch.shortest  # where the first repetition begins
         heads, device = self._heads(states.layer), states.key_nhld.device
         query_ngrqd = self._by_memory_head(states.layer, states.query_nhld)[:, :, :, begin:].float()
         key_ngld = _pick(states.key_nhld, heads, 1).float()
@@ -330,14 +333,19 @@ class _Batch:
     Attributes:
         ids_nl: int64, padded on the right with id 0.
         num_before: m, the same for all.
+        shortest, longest: tokens of a reference; numbers here, so that no GPU is waited for.
         lengths_n: tokens of each reference.
         ends_n: tokens of each input, its padding left out.
+        valid_nt: which tokens are of the reference.
     """
 
     ids_nl: Tensor
     num_before: int
+    shortest: int
+    longest: int
     lengths_n: Tensor
     ends_n: Tensor
+    valid_nt: Tensor
 
     @classmethod
     def of(
@@ -352,17 +360,17 @@ class _Batch:
         for number, row in enumerate(rows):
             ids_nl[number, : len(row)] = torch.tensor(row)
         lengths_n, ends_n = (torch.tensor([len(x) for x in y]) for y in (references, rows))
-        return cls(ids_nl.to(device), len(before), lengths_n.to(device), ends_n.to(device))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest reference."""
-        return int(self.lengths_n.max())
-
-    @property
-    def valid_nt(self) -> Tensor:
-        """Which tokens are of the reference."""
-        return torch.arange(self.longest, device=self.lengths_n.device) < self.lengths_n[:, None]
+        shortest, longest = int(lengths_n.min()), int(lengths_n.max())
+        valid_nt = torch.arange(longest) < lengths_n[:, None]
+        return cls(
+            ids_nl=ids_nl.to(device),
+            num_before=len(before),
+            shortest=shortest,
+            longest=longest,
+            lengths_n=lengths_n.to(device),
+            ends_n=ends_n.to(device),
+            valid_nt=valid_nt.to(device),
+        )
 
     def reference(self, states: Tensor, *, dim: int = -2) -> Tensor:
         """The part of the input where references stand, l -> t; `valid_nt` says how far each."""

@@ -32,11 +32,11 @@ class ExplicitMemoryConfig(BaseModel):
 
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | Mapping[int, tuple[int, ...]] | None = None
-    tokens_per_head: int = Field(8, ge=1, le=4096)
+    tokens_per_head: int = Field(default=8, ge=1, le=4096)
     selector: str = "attention"
     codec: str = "bf16"
-    reference_tokens: int = Field(128, ge=8, le=4096)
-    overlap_tokens: int = Field(0, ge=0)
+    reference_tokens: int = Field(default=128, ge=8, le=4096)
+    overlap_tokens: int = Field(default=0, ge=0)
     marker: str = MARKER
 
     @model_validator(mode="after")
