@@ -65,24 +65,17 @@ class LanceReferences:
         self._data = lance.write_dataset(pa.table(rows), str(folder))
         self._data.create_scalar_index("text", "INVERTED")
 
-    def search_vector(
-        self, vector: NDArray[np.float32], top_k: int, where: Mapping[str, Any] | None
+    def search(
+        self, query: NDArray[np.float32] | str, top_k: int, where: Mapping[str, Any] | None
     ) -> list[Hit]:
-        nearest = {"column": "vector", "q": vector, "k": top_k, "metric": "cosine"}
-        found = self._data.to_table(columns=["row", "_distance"], nearest=nearest).to_pylist()
-        return [replace(self._hits[r["row"]], score=1 - r["_distance"]) for r in found]
-
-    def search_text(self, query: str, top_k: int, where: Mapping[str, Any] | None) -> list[Hit]:
+        if not isinstance(query, str):
+            nearest = {"column": "vector", "q": query, "k": top_k, "metric": "cosine"}
+            found = self._data.to_table(columns=["row", "_distance"], nearest=nearest).to_pylist()
+            return [replace(self._hits[r["row"]], score=1 - r["_distance"]) for r in found]
         found = self._data.to_table(
             columns=["row", "_score"], full_text_query=query, limit=top_k
         ).to_pylist()
         return [replace(self._hits[r["row"]], score=r["_score"]) for r in found]
-
-    def count(self) -> int:
-        return len(self._hits)
-
-    def version(self) -> int:
-        return int(self._data.version)
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class TinyEmbedder:
 
     name, width = "tiny", 16
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.full((len(texts), self.width), 0.01, np.float32)
         for row, text in zip(vectors, texts, strict=True):
             for word in re.findall(r"\w+", text.lower()):

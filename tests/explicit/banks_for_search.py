@@ -63,22 +63,19 @@ class BankInMemory:
         self.asked: list[tuple[str, int]] = []
         self.scans = 0
 
-    def search_vector(
-        self, vector: NDArray[np.float32], top_k: int, where: Mapping[str, Any] | None
+    def search(
+        self, query: NDArray[np.float32] | str, top_k: int, where: Mapping[str, Any] | None
     ) -> list[Hit]:
-        self.asked.append(("vector", top_k))
-        assert self.vectors is not None
-        return self._best(self.vectors @ vector, top_k, where, -2.0)
-
-    def search_text(self, query: str, top_k: int, where: Mapping[str, Any] | None) -> list[Hit]:
+        if not isinstance(query, str):
+            self.asked.append(("vector", top_k))
+            assert self.vectors is not None
+            return self._best(self.vectors @ query, top_k, where, -2.0)
         self.asked.append((query, top_k))
         words = set(query.lower().split())
         scores = [len(words & set(re.findall(r"\w+", hit.text.lower()))) for hit in self.rows]
         return self._best(np.array(scores, np.float32), top_k, where, 0.0)
 
-    def count(self) -> int:
-        return len(self.rows)
-
+    @property
     def version(self) -> int:
         return self.versions
 
@@ -128,21 +125,14 @@ class BankInLance:
         self._data = lance.write_dataset(pa.table(columns), str(folder), mode="overwrite")
         self._data.create_scalar_index("text", "INVERTED")
 
-    def search_vector(
-        self, vector: NDArray[np.float32], top_k: int, where: Mapping[str, Any] | None
+    def search(
+        self, query: NDArray[np.float32] | str, top_k: int, where: Mapping[str, Any] | None
     ) -> list[Hit]:
-        nearest = {"column": "vector", "q": vector, "k": top_k, "metric": "cosine"}
-        found = self._data.to_table(columns=["row", "_distance"], nearest=nearest).to_pylist()
-        return [replace(self._hits[r["row"]], score=1 - r["_distance"]) for r in found]
-
-    def search_text(self, query: str, top_k: int, where: Mapping[str, Any] | None) -> list[Hit]:
+        if not isinstance(query, str):
+            nearest = {"column": "vector", "q": query, "k": top_k, "metric": "cosine"}
+            found = self._data.to_table(columns=["row", "_distance"], nearest=nearest).to_pylist()
+            return [replace(self._hits[r["row"]], score=1 - r["_distance"]) for r in found]
         found = self._data.to_table(
             columns=["row", "_score"], full_text_query=query, limit=top_k
         ).to_pylist()
         return [replace(self._hits[r["row"]], score=r["_score"]) for r in found]
-
-    def count(self) -> int:
-        return len(self._hits)
-
-    def version(self) -> int:
-        return int(self._data.version)

@@ -38,7 +38,7 @@ def bank(tmp_path: Path) -> Bank:
 
 
 def all_ids(bank: Bank) -> list[str]:
-    return [hit.id for hit in bank.search(TinyEmbedder().embed(["x"])[0], 10_000)]
+    return [hit.id for hit in bank.search(TinyEmbedder().embed_documents(["x"])[0], 10_000)]
 
 
 def test_what_goes_in_comes_out(bank: Bank) -> None:
@@ -52,7 +52,7 @@ def test_what_goes_in_comes_out(bank: Bank) -> None:
         document = by_source[record.source]
         assert document.text[record.start : record.end] == record.text
         assert record.metadata == document.metadata
-        assert np.array_equal(record.vector, embedder.embed([record.text])[0])
+        assert np.array_equal(record.vector, embedder.embed_documents([record.text])[0])
         assert record.codes == codec.encode(encoder.encode([record.text]))[0]
         seen.add((record.source, record.start))
     assert seen == {(r.source, r.start) for d in documents(30) for r in cut(d)}
@@ -65,7 +65,7 @@ def test_what_goes_in_comes_out(bank: Bank) -> None:
 
 
 def test_search_by_vector_is_cosine(bank: Bank) -> None:
-    query = TinyEmbedder().embed(["the heron and the plum"])[0]
+    query = TinyEmbedder().embed_documents(["the heron and the plum"])[0]
     hits = bank.search(query, 7)
     records = bank.take(all_ids(bank))
     vectors = np.stack([record.vector for record in records])
@@ -87,7 +87,7 @@ def test_search_by_words(bank: Bank) -> None:
 
 def test_metadata_conditions(bank: Bank) -> None:
     """All must hold; what looks like SQL is a value like any other."""
-    query = TinyEmbedder().embed(["stone"])[0]
+    query = TinyEmbedder().embed_documents(["stone"])[0]
     blue = 'it\'s "blue"; --'
     hits = bank.search(query, 100, {"colour": blue, "n": 2})
     want = [r for d in documents(30) for r in cut(d)]
@@ -184,7 +184,7 @@ def test_compaction_changes_no_content(tmp_path: Path) -> None:
     for first in range(0, 40, 4):
         add(bank, documents(4, start=first))
     bank.remove(["stones/7.txt"])
-    before, vector = bank.digest(), TinyEmbedder().embed(["moss"])[0]
+    before, vector = bank.digest(), TinyEmbedder().embed_documents(["moss"])[0]
     hits = bank.search("moss raven", 9), bank.search(vector, 9)
     old = Bank.open(bank.path)
     stray = bank.path / "references.lance" / "data" / "left-by-a-killed-writer.lance"
@@ -342,22 +342,25 @@ def test_an_index_finds_what_exact_search_finds(tmp_path: Path) -> None:
     add(bank, documents(200), batch_references=10_000)
     assert bank.stats().vector_index
     add(bank, [Doc("Zebra zeppelin zinc.", "late")])
-    query = TinyEmbedder().embed(["Zebra zeppelin zinc."])[0]
+    query = TinyEmbedder().embed_documents(["Zebra zeppelin zinc."])[0]
     assert bank.search(query, 1)[0].source == "late"
     for number in range(20):
-        query = TinyEmbedder().embed([f"stone {number} {WORDS_OF[number % 3]}"])[0]
+        query = TinyEmbedder().embed_documents([f"stone {number} {WORDS_OF[number % 3]}"])[0]
         fast = [round(h.score, 4) for h in bank.search(query, 5)]
         exact = [round(h.score, 4) for h in bank.search(query, 5, exact=True)]
         assert fast == exact
     bank.compact(keep_s=0)
-    assert bank.search(TinyEmbedder().embed(["Zebra zeppelin zinc."])[0], 1)[0].source == "late"
+    assert (
+        bank.search(TinyEmbedder().embed_documents(["Zebra zeppelin zinc."])[0], 1)[0].source
+        == "late"
+    )
 
 
 WORDS_OF = ("heron otter", "plum", "raven silt moss")
 
 
 def test_threads_may_search_and_read(bank: Bank) -> None:
-    query, ids, wrong = TinyEmbedder().embed(["heron"])[0], all_ids(bank), []
+    query, ids, wrong = TinyEmbedder().embed_documents(["heron"])[0], all_ids(bank), []
     want = [h.id for h in bank.search(query, 5)], bank.blobs(ids[:9])
 
     def look() -> None:
@@ -415,7 +418,7 @@ def test_documents_that_cannot_be_stored(bank: Bank, document: Doc, says: str) -
 
 def test_embedders_that_give_something_else(bank: Bank) -> None:
     class Narrow(TinyEmbedder):
-        def embed(self, texts):
+        def embed_documents(self, texts):
             return np.ones((len(texts), 3), np.float32)
 
     with pytest.raises(BankError, match=r"gave vectors of shape \(1, 3\), \(1, 16\) were asked"):

@@ -133,7 +133,7 @@ def test_readers_beside_a_writer_see_whole_versions(tmp_path: Path) -> None:
     bank = create(tmp_path / "bank")
     add(bank, documents(40))
     process = start("churn", str(bank.path), "6")
-    query, reads, removed = TinyEmbedder().embed(["heron"])[0], 0, 0
+    query, reads, removed = TinyEmbedder().embed_documents(["heron"])[0], 0, 0
     while process.poll() is None:
         try:
             reader = Bank.open(bank.path)

@@ -210,8 +210,8 @@ def test_lance_takes_any_text(lance_bank: BankInLance, query: str, word: str) ->
 
 def test_a_repeated_word_would_count_more_in_lance(lance_bank: BankInLance) -> None:
     """Why only distinct words are sent."""
-    once = lance_bank.search_text("danube", 1, None)[0].score
-    assert lance_bank.search_text("danube danube", 1, None)[0].score == pytest.approx(2 * once)
+    once = lance_bank.search("danube", 1, None)[0].score
+    assert lance_bank.search("danube danube", 1, None)[0].score == pytest.approx(2 * once)
     assert TextRetriever(lance_bank).search(["danube danube"], 1)[0][0].score == once
 
 

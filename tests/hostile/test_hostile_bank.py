@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from strata.errors import BankError, ConfigError
+from strata.errors import BankError
 from strata.explicit.bank import Bank
 from strata.explicit.codec import make_codec
+from strata.explicit.extras import MissingPackageError
 from strata.explicit.settings import ExplicitMemoryConfig
 from tiny_bank import CONFIG, SHAPE, TinyEmbedder, TinyEncoder, add, create, cut, documents
 
@@ -42,7 +43,7 @@ def path(master: Path, tmp_path: Path) -> Path:
 def content(path: Path) -> list[object]:
     """Everything that a user can get out of a bank."""
     bank = Bank.open(path)
-    query = TinyEmbedder().embed(["heron plum"])[0]
+    query = TinyEmbedder().embed_documents(["heron plum"])[0]
     hits = bank.search(query, 300)
     found: list[object] = [bank.search("heron plum", 5), hits, bank.ls()]
     ids = sorted(hit.id for hit in hits)
@@ -236,10 +237,10 @@ def test_damaged_exports(path: Path, tmp_path: Path) -> None:
 
 def test_a_missing_library_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ConfigError, match=r'faiss cannot be imported .*pip install "strata-lm\[b'):
+    with pytest.raises(MissingPackageError, match=r'needs faiss.*pip install "strata-lm\[bank'):
         make_codec("faiss", SHAPE)
     monkeypatch.setitem(sys.modules, "lance", None)
-    with pytest.raises(ConfigError, match="lance cannot be imported"):
+    with pytest.raises(MissingPackageError, match="needs lance, which is not installed"):
         Bank.create(path.parent / "new", config=CONFIG)
 
 

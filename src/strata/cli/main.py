@@ -7,6 +7,8 @@ import sys
 
 import typer
 
+from strata.cli.ask import ask, chat
+from strata.cli.bank import VERBS as BANK_VERBS
 from strata.cli.bench import bench_decode, bench_ops, bench_train
 from strata.cli.data import prepare_data
 from strata.cli.eval import evaluate
@@ -27,8 +29,15 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(ask)
+app.command()(chat)
 app.command()(quantize)
 app.command()(quickstart)
+
+bank_app = typer.Typer(help="Documents as memories of one model.", no_args_is_help=True)
+for name, verb in BANK_VERBS.items():
+    bank_app.command(name)(verb)
+app.add_typer(bank_app, name="bank")
 
 data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=True)
 data_app.command("prepare")(prepare_data)

@@ -352,7 +352,7 @@ class FaissCodec(Codec):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The two FAISS indexes, as their bytes."""
-        faiss = require("faiss")
+        faiss = require("faiss", extra="bank", purpose="this codec")
         return {
             kind: torch.from_numpy(faiss.serialize_index(index).copy())
             for kind, index in self._indexes.items()
@@ -360,7 +360,7 @@ class FaissCodec(Codec):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Codec.load_state_dict`."""
-        faiss = require("faiss")
+        faiss = require("faiss", extra="bank", purpose="this codec")
         if sorted(state) != sorted(KINDS):
             raise BankError(f"not a state of codec {self.name!r}: holds {sorted(state)}")
         try:
@@ -382,7 +382,9 @@ class FaissCodec(Codec):
         self._books = {kind: found for kind, found in books.items() if found is not None}
 
     def _new_index(self) -> Any:
-        return require("faiss").index_factory(self.shape.head_dim, self.factory)
+        return require("faiss", extra="bank", purpose="this codec").index_factory(
+            self.shape.head_dim, self.factory
+        )
 
     def _encode_vectors(self, vectors_qd: Tensor, kind: str) -> Tensor:
         index = self._indexes[kind]
@@ -447,7 +449,7 @@ def _little(numbers: Tensor, dtype: str) -> Tensor:
 
 def _parts(index: Any) -> tuple[Any, Any]:
     """(linear transform or None, what follows it) of a FAISS index."""
-    faiss = require("faiss")
+    faiss = require("faiss", extra="bank", purpose="this codec")
     if not isinstance(index, faiss.IndexPreTransform):
         return None, index
     if index.chain.size() != 1:
@@ -457,7 +459,7 @@ def _parts(index: Any) -> tuple[Any, Any]:
 
 def _residual_books(index: Any) -> ResidualBooks | None:
     """The codebooks of a trained index, if it is of the form that our loops read."""
-    faiss = require("faiss")
+    faiss = require("faiss", extra="bank", purpose="this codec")
     transform, inner = _parts(index)
     if not isinstance(inner, faiss.Index2Layer):
         return None
@@ -484,7 +486,7 @@ def _residual_books(index: Any) -> ResidualBooks | None:
 
 def _quantizers(index: Any) -> list[Any]:
     """Product quantizers inside an index, whose codebooks k-means fits."""
-    faiss = require("faiss")
+    faiss = require("faiss", extra="bank", purpose="this codec")
     _, inner = _parts(index)
     found = [inner.pq] if hasattr(inner, "pq") else []
     if isinstance(inner, faiss.Index2Layer):
@@ -494,7 +496,7 @@ def _quantizers(index: Any) -> list[Any]:
 
 
 def _codebook_sizes(index: Any) -> list[int]:
-    faiss = require("faiss")
+    faiss = require("faiss", extra="bank", purpose="this codec")
     transform, inner = _parts(index)
     sizes = [int(pq.ksub) for pq in _quantizers(index)]
     if isinstance(transform, faiss.OPQMatrix):
@@ -506,7 +508,7 @@ def _codebook_sizes(index: Any) -> list[int]:
 
 def _train_quietly(index: Any, vectors_qd: np.ndarray, *, iterations: int, seed: int) -> None:
     """Train without FAISS' warnings about small samples, and in bounded memory."""
-    faiss = require("faiss")
+    faiss = require("faiss", extra="bank", purpose="this codec")
     transform, _ = _parts(index)
     quantizers = _quantizers(index)
     for_rotation = None

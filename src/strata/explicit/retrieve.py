@@ -44,22 +44,10 @@ class Searchable(Protocol):
         """Which embedder made its vectors; None where it has none."""
         ...
 
-    def search_vector(
-        self, vector: NDArray[np.float32], top_k: int, where: Where | None
+    def search(
+        self, query: NDArray[np.float32] | str, top_k: int, where: Where | None
     ) -> list[Hit]:
-        """References nearest to a unit vector; the score is the cosine."""
-        ...
-
-    def search_text(self, query: str, top_k: int, where: Where | None) -> list[Hit]:
-        """References that hold words of the query; the score is BM25's."""
-        ...
-
-    def count(self) -> int:
-        """References in it."""
-        ...
-
-    def version(self) -> int:
-        """Grows with every change."""
+        """References for a unit vector (the score is the cosine) or for words (BM25)."""
         ...
 
 
@@ -77,6 +65,7 @@ class KeyBank(Protocol):
         """These references, in order, with any score."""
         ...
 
+    @property
     def version(self) -> int:
         """Grows with every change."""
         ...
@@ -202,7 +191,7 @@ class VectorRetriever(BankRetriever[NDArray[np.float32]]):
         return list(self._embedder.embed_queries(queries))
 
     def _fetch(self, prepared: NDArray[np.float32], depth: int) -> list[Hit]:
-        return self._bank.search_vector(prepared, depth, self._where)
+        return self._bank.search(prepared, depth, self._where)
 
 
 class TextRetriever(BankRetriever[str]):
@@ -224,7 +213,7 @@ class TextRetriever(BankRetriever[str]):
         return [query_words(query) for query in queries]
 
     def _fetch(self, prepared: str, depth: int) -> list[Hit]:
-        return self._bank.search_text(prepared, depth, self._where) if prepared else []
+        return self._bank.search(prepared, depth, self._where) if prepared else []
 
 
 class _Pointed(NamedTuple):
@@ -277,7 +266,7 @@ class QueryRetriever(BankRetriever[_Pointed]):
         ]
 
     def _current_scan(self) -> KeyScan:
-        version = self._bank.version()
+        version = self._bank.version
         if self._scan is None or self._scan[0] != version:
             self._scan = None  # the old keys go before the new come
             keys = self._bank.mean_keys(self._where)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from strata.config import FrozenConfig
 
 MARKER = "<s>Reference:"
 
 
-class ExplicitMemoryConfig(BaseModel):
+class ExplicitMemoryConfig(FrozenConfig):
     """Settings of explicit memory; a bank is written with one of these and keeps it.
 
     Attributes:
@@ -27,8 +29,6 @@ class ExplicitMemoryConfig(BaseModel):
 
     Source: "Memory3" (arXiv 2407.01178), section 3.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | Mapping[int, tuple[int, ...]] | None = None

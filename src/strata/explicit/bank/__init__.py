@@ -2,9 +2,10 @@
 
 from strata.explicit.bank.add import AddReport
 from strata.explicit.bank.bank import Bank, SourceInfo, Stats, VersionInfo
-from strata.explicit.bank.records import Hit, Record
+from strata.explicit.bank.records import Record
 from strata.explicit.bank.upkeep import CompactReport
 from strata.explicit.bank.verify import VerifyReport
+from strata.explicit.hits import Hit
 
 __all__ = [
     "AddReport",

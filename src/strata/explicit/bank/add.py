@@ -45,10 +45,12 @@ class EncoderLike(Protocol):
 class EmbedderLike(Protocol):
     """Texts to vectors: (n, width) float32."""
 
-    name: str
-    width: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def width(self) -> int: ...
 
-    def embed(self, texts: Sequence[str], /) -> np.ndarray: ...
+    def embed_documents(self, texts: Sequence[str], /) -> np.ndarray: ...
 
 
 Cut = Callable[[Any], Sequence[Reference]]
@@ -278,7 +280,7 @@ def embedded(embedder: EmbedderLike, texts: Sequence[str]) -> np.ndarray:
     Raises:
         BankError: another shape, or a number that is not finite.
     """
-    vectors = np.asarray(embedder.embed(texts), dtype=np.float32)
+    vectors = np.asarray(embedder.embed_documents(texts), dtype=np.float32)
     if vectors.shape != (len(texts), embedder.width):
         raise BankError(
             f"embedder {embedder.name!r} gave vectors of shape {vectors.shape}, "

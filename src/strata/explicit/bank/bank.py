@@ -26,13 +26,14 @@ from strata.explicit.bank.add import (
     sample_references,
 )
 from strata.explicit.bank.lock import writing
-from strata.explicit.bank.records import Hit, Record
+from strata.explicit.bank.records import Record
 from strata.explicit.bank.settings import BankSettings, EmbedderSettings
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.upkeep import CompactReport
 from strata.explicit.bank.verify import VerifyReport, verify
 from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
 from strata.explicit.fingerprint import Fingerprint, refuse_other
+from strata.explicit.hits import Hit
 from strata.explicit.memories import Memories, MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
 
@@ -189,6 +190,11 @@ class Bank:
     def version(self) -> int:
         """Which version this object sees."""
         return self._store.version
+
+    @property
+    def embedder_name(self) -> str | None:
+        """Which embedder made its vectors; None where it has none."""
+        return None if self.settings.embedder is None else self.settings.embedder.name
 
     def __len__(self) -> int:
         return self._store.seal.rows
@@ -443,6 +449,27 @@ class Bank:
             if identifier not in blobs:
                 raise BankError(f"record {identifier} has no memory yet: encode and fill it")
         return self.codec.decode([blobs[identifier] for identifier in ids])
+
+    def memories(
+        self, where: Mapping[str, Any] | None = None, *, rows_at_once: int = 64
+    ) -> Iterator[tuple[list[str], Memories]]:
+        """Ids and decoded memories of all rows that have one, batch by batch.
+
+        Args:
+            where: metadata that a row must have, {key: value}.
+            rows_at_once: of a batch, at most.
+
+        Raises:
+            BankError: the bank belongs to no model yet, or codes are damaged.
+        """
+        if self.codec is None:
+            raise BankError(f"bank {self.path} belongs to no model yet: it has no memories")
+        columns, condition = ["id", "codes", "checksum"], records.condition(where)
+        for batch in self._store.scan(columns, where=condition, rows_at_once=rows_at_once):
+            found = {row["id"]: records.checked_codes(row) for row in batch.to_pylist()}
+            warm = {identifier: codes for identifier, codes in found.items() if codes is not None}
+            if warm:
+                yield list(warm), self.codec.decode(list(warm.values()))
 
     def show(self, identifier: str) -> Record:
         """One record; the first 4 or more digits of its id are enough where no other begins so.

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from strata.errors import BankError
+from strata.explicit.hits import Hit
 from strata.explicit.memories import Reference
 
 MAX_TEXT_BYTES = 2**20
@@ -29,25 +30,6 @@ DIGEST_BYTES = 16
 
 NOTHING = bytes(DIGEST_BYTES)
 HIT_COLUMNS = ["id", "document", "source", "start", "end", "text", "metadata", "checksum"]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A reference that a search found.
-
-    Attributes:
-        id: of the record.
-        score: cosine similarity, or BM25's; larger is better, comparable within one search.
-        text, source, start, end, metadata: as in `Reference`.
-    """
-
-    id: str
-    score: float
-    text: str
-    source: str
-    start: int
-    end: int
-    metadata: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from strata.errors import BankError
 from strata.explicit.bank import records
-from strata.explicit.bank.records import Hit
 from strata.explicit.bank.store import Store
+from strata.explicit.hits import Hit
 
 MAX_TOP_K = 10_000
 INDEX_ROWS = 50_000  # exact search below: some 20 ms at width 384

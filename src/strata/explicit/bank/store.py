@@ -45,7 +45,7 @@ class Store:
     @classmethod
     def create(cls, folder: Path, columns: pa.Schema, setup: Callable[[Any], None]) -> Store:
         """Make an empty dataset, set it up (indexes) and seal it."""
-        lance = require("lance")
+        lance = require("lance", extra="bank", purpose="a bank")
         store = cls.__new__(cls)
         store.folder = folder
         with store.guarded("cannot be created"):
@@ -98,7 +98,7 @@ class Store:
     def roll_forward(self) -> None:
         """Be at the newest version; seal what a killed writer had committed and not yet sealed."""
         self.refresh()
-        lance = require("lance")
+        lance = require("lance", extra="bank", purpose="a bank")
         with self.guarded("cannot be opened"):
             dataset = lance.dataset(str(self.folder / DATASET))
             if dataset.version > self.version:
@@ -126,7 +126,7 @@ class Store:
         Returns:
             Rows removed.
         """
-        lance = require("lance")
+        lance = require("lance", extra="bank", purpose="a bank")
         with self.guarded("cannot be written"):
             changed, emptied, count = [], [], 0
             if gone is not None:
@@ -151,7 +151,7 @@ class Store:
 
     def change(self, act: Callable[[Any], Any], what: str) -> Any:
         """Let Lance change the dataset in place (indexes, compaction), then seal it."""
-        lance = require("lance")
+        lance = require("lance", extra="bank", purpose="a bank")
         with self.guarded("cannot be changed"):
             dataset = lance.dataset(str(self.folder / DATASET), version=self.version)
             result = act(dataset)
@@ -190,7 +190,7 @@ class Store:
         return BankError(f"bank {self.folder} {what}, it may be damaged: verify it ({short})")
 
     def _open(self, version: int | None) -> None:
-        lance = require("lance")
+        lance = require("lance", extra="bank", purpose="a bank")
         last: BankError | None = None
         for _ in range(5):  # a compaction may remove the newest version just before it is opened
             known = seals.versions(self.folder)

@@ -1,0 +1,157 @@
+"""What `attach` reads from: a bank, a retriever, a cache, and an encoder for what is still text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from strata.errors import ConfigError
+from strata.explicit.cache import CacheStats, MemoryCache
+from strata.explicit.encode import Encoder, key_vectors
+from strata.explicit.hits import Hit
+from strata.explicit.memories import Memories
+from strata.explicit.retrieve import Retriever, Where
+
+if TYPE_CHECKING:
+    from strata.explicit.bank import Bank
+
+
+class BankSource:
+    """A bank as a session reads it.
+
+    References without memories (a cold bank, or an encoder whose settings are not the bank's) are
+    encoded when they are first found, in the thread that runs the model, and kept until `save`.
+
+    Args:
+        bank: checked against the model if its memories are to be read.
+        retriever: over that bank.
+        encoder: for cold references; None where all are warm.
+        cache_bytes: of RAM for decoded memories.
+        from_text: encode everything anew and read no stored memory: for an encoder with settings
+            of its own, such as all tokens of all layers.
+
+    Attributes:
+        config: the settings that the memories were encoded with.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        retriever: Retriever,
+        *,
+        encoder: Encoder | None = None,
+        cache_bytes: int = 2**30,
+        from_text: bool = False,
+    ) -> None:
+        if from_text and encoder is None:
+            raise ConfigError("memories from text need an encoder")
+        self.config = bank.settings.config if encoder is None else encoder.config
+        self._bank, self._retriever, self._encoder = bank, retriever, encoder
+        self._from_text = from_text
+        self._fresh: dict[str, Memories] = {}
+        self._lock = threading.Lock()
+        self._cache = MemoryCache(self._load, capacity_bytes=cache_bytes)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether `find` runs the model, so that it may not run beside it."""
+        return self._retriever.runs_model
+
+    def find(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
+        """At most `top_k` hits for each query, best first."""
+        return self._retriever.search(queries, top_k)
+
+    def load(self, ids: Sequence[str]) -> Memories:
+        """The memories of `ids`, in order, in tensors of their own.
+
+        Raises:
+            BankError: one is cold: `warm` it first.
+        """
+        return self._cache.get(ids)
+
+    def cold(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` that have no memory yet."""
+        with self._lock:
+            wanted = [identifier for identifier in ids if identifier not in self._fresh]
+        if not wanted or self._from_text:
+            return wanted
+        warm = self._bank.blobs(wanted)
+        return [identifier for identifier in wanted if identifier not in warm]
+
+    def warm(self, ids: Sequence[str]) -> None:
+        """Encode references; only where nothing else runs the model.
+
+        Raises:
+            ConfigError: there is no encoder.
+        """
+        if self._encoder is None:
+            raise ConfigError(
+                f"{len(ids)} references have no memory yet and no encoder was given: encode them, "
+                "or give one"
+            )
+        texts = [record.text for record in self._bank.take(ids)]
+        with torch.no_grad():
+            memories = self._encoder.encode(texts).to("cpu")
+        with self._lock:
+            for number, identifier in enumerate(ids):
+                self._fresh[identifier] = memories[number : number + 1]
+
+    def save(self) -> int:
+        """Store what `warm` made, in one commit; returns how many. Nothing if it is not the bank's.
+
+        Raises:
+            BankError: another process is writing; what was made is kept for another try.
+        """
+        with self._lock:
+            fresh = {} if self._from_text else dict(self._fresh)
+        if fresh:
+            self._bank.fill(list(fresh), Memories.cat(list(fresh.values())))
+            with self._lock:
+                for identifier in fresh:
+                    self._fresh.pop(identifier, None)
+        return len(fresh)
+
+    def stats(self) -> CacheStats:
+        """What the cache did."""
+        return self._cache.stats()
+
+    def _load(self, ids: Sequence[str]) -> Memories:
+        with self._lock:
+            fresh = {identifier: self._fresh.get(identifier) for identifier in ids}
+        stored = [identifier for identifier, memory in fresh.items() if memory is None]
+        if stored:
+            loaded = self._bank.load(stored)
+            for number, identifier in enumerate(stored):
+                fresh[identifier] = loaded[number : number + 1]
+        parts = [memory for identifier in ids if (memory := fresh[identifier]) is not None]
+        dtype = parts[0].keys_nstd.dtype
+        return Memories.cat([part.to(dtype) for part in parts])
+
+
+class BankKeys:
+    """A bank as `QueryRetriever` reads it: the mean key of every memory."""
+
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
+
+    @property
+    def version(self) -> int:
+        """Grows with every change."""
+        return self._bank.version
+
+    def mean_keys(self, where: Where | None) -> Iterable[tuple[Sequence[str], NDArray[np.float32]]]:
+        """Ids and mean keys (b, s, d) of all memories, batch by batch."""
+        for ids, memories in self._bank.memories(where):
+            yield ids, key_vectors(memories).float().numpy()
+
+    def hits(self, ids: Sequence[str]) -> list[Hit]:
+        """These references, in order."""
+        return [
+            Hit(r.id, 0.0, r.text, r.source, r.start, r.end, r.metadata)
+            for r in self._bank.take(ids)
+        ]
