@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,11 +68,20 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "quantize",
         "generate",
         "generate",
+        "bank",
+        "bank",
+        "bank",
+        "ask",
     ]
     for arguments in shown:
         trains = arguments[1] == "train" and "--dry-run" not in arguments
         kept = [a for a in arguments if not a.startswith(("run.steps", "schedule."))]
         run([*kept, *SMALLER] if trains else arguments, monkeypatch)
+
+    names: dict[str, Any] = {}
+    exec(blocks("python")[1], names)  # our own README
+    (used,) = names["memory"].used
+    assert used.injected and all("country" in memory.text for memory in used.memories)
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +98,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         num_key_value_heads=1,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "your" / "decoder")
-    (example,) = blocks("python")
+    example = blocks("python")[0]
     small = example.replace("num_half_keys=1024", "num_half_keys=64")
     names = {"input_ids": torch.randint(0, 64, (2, 8))}
     exec(small, names)  # our own README

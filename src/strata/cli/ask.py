@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from strata.cli.bank import AsJson, DeviceOption, Folder, ModelOption, conditions, open_retriever
+from strata.cli.bank import AsJson, DeviceOption, Folder, ModelOption, conditions
 from strata.errors import BankError, ConfigError
 
 if TYPE_CHECKING:
@@ -143,10 +143,9 @@ def _open(
     from strata.explicit.attach import presets
     from strata.explicit.bank import Bank
     from strata.explicit.encode import Encoder
-    from strata.explicit.fingerprint import fingerprint
     from strata.explicit.host import Host
     from strata.explicit.settings import ExplicitMemoryConfig
-    from strata.explicit.source import BankSource
+    from strata.explicit.source import BankSource, open_retriever
 
     if format not in FORMATS:
         raise ConfigError(f"--format {format!r}: give one of {', '.join(FORMATS)}")
@@ -171,14 +170,13 @@ def _open(
     }
     if format == "none":
         return _Asker(options, None)
-    retriever = open_retriever(opened, by, conditions(where), device=device)
+    kind: Any = by  # checked there
+    retriever = open_retriever(opened, kind, where=conditions(where), device=device)
     if format == "text":
         return _Asker(options, BankSource(opened, retriever))
-    host, config = Host(decoder), opened.settings.config
     if format == "explicit":
-        encoder = Encoder(host, tokenizer, config)
-        opened.check(fingerprint(decoder, tokenizer, config, encoder.shape))
-        return _Asker(options, BankSource(opened, retriever, encoder=encoder))
+        return _Asker(options, BankSource.of(opened, decoder, tokenizer, retriever=retriever))
+    host, config = Host(decoder), opened.settings.config
     layers = tuple(n for n in range(host.num_layers) if not host.is_sliding(n))
     dense = ExplicitMemoryConfig(
         layers=layers,

@@ -207,10 +207,12 @@ def search(
 ) -> None:
     """Find references; hybrid where the bank holds vectors, else by words."""
     from strata.explicit.bank import Bank
+    from strata.explicit.source import open_retriever
 
     if not query.strip():
         raise ConfigError("the query is empty: give some words")
-    retriever = open_retriever(Bank.open(bank), by, conditions(where), device=device)
+    kind: Any = by  # checked there
+    retriever = open_retriever(Bank.open(bank), kind, where=conditions(where), device=device)
     hits = retriever.search([query], top_k)[0]
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], default=dict))
@@ -305,15 +307,6 @@ def import_(
     from strata.explicit.bank import Bank
 
     print(f"{bank}: {len(Bank.import_(source, bank)):,} references")
-
-
-def open_retriever(bank: Bank, by: str | None, where: dict[str, Any] | None, *, device: str) -> Any:
-    """A retriever by name: hybrid by default, or by words in a bank without vectors."""
-    from strata.explicit.retrieve import make_retriever
-
-    kind: Any = by or ("hybrid" if bank.embedder_name is not None else "text")
-    embedder = None if kind == "text" else _embedder(bank, device)
-    return make_retriever(kind, bank, embedder, where=where)
 
 
 def conditions(where: Sequence[str] | None) -> dict[str, Any] | None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from strata.errors import ConfigError
 from strata.explicit.cache import CacheStats, MemoryCache
+from strata.explicit.embed import make_embedder
 from strata.explicit.encode import Encoder, key_vectors
+from strata.explicit.fingerprint import fingerprint
 from strata.explicit.hits import Hit
+from strata.explicit.host import Host
 from strata.explicit.memories import Memories
-from strata.explicit.retrieve import Retriever, Where
+from strata.explicit.retrieve import Retriever, Where, make_retriever
 
 if TYPE_CHECKING:
     from strata.explicit.bank import Bank
@@ -56,6 +60,33 @@ class BankSource:
         self._fresh: dict[str, Memories] = {}
         self._lock = threading.Lock()
         self._cache = MemoryCache(self._load, capacity_bytes=cache_bytes)
+
+    @classmethod
+    def of(
+        cls,
+        bank: Bank,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        retriever: Retriever | None = None,
+        cache_bytes: int = 2**30,
+    ) -> BankSource:
+        """A bank as its own model reads it.
+
+        Args:
+            bank: any of that model's.
+            model, tokenizer: those that the bank was written with.
+            retriever: None for the bank's default: hybrid, or by words where it has no vectors.
+            cache_bytes: of RAM for decoded memories.
+
+        Raises:
+            BankError: another model's bank; one sentence says what differs.
+        """
+        config = bank.settings.config
+        encoder = Encoder(Host(model), tokenizer, config)
+        bank.check(fingerprint(model, tokenizer, config, encoder.shape))
+        retriever = retriever or open_retriever(bank)
+        return cls(bank, retriever, encoder=encoder, cache_bytes=cache_bytes)
 
     @property
     def runs_model(self) -> bool:
@@ -131,6 +162,33 @@ class BankSource:
         parts = [memory for identifier in ids if (memory := fresh[identifier]) is not None]
         dtype = parts[0].keys_nstd.dtype
         return Memories.cat([part.to(dtype) for part in parts])
+
+
+def open_retriever(
+    bank: Bank,
+    by: Literal["vector", "text", "hybrid"] | None = None,
+    *,
+    where: Where | None = None,
+    device: str = "auto",
+) -> Retriever:
+    """A retriever over a bank, with the embedder that made its vectors, opened.
+
+    Args:
+        bank: to search.
+        by: None for hybrid, or text in a bank without vectors.
+        where: metadata that a hit must have.
+        device: of the embedder.
+
+    Raises:
+        ConfigError: no such way to search, or one that needs vectors.
+        ModelError: the embedder cannot be opened.
+    """
+    by = by or ("text" if bank.embedder_name is None else "hybrid")
+    embedder = None
+    if by != "text" and bank.embedder_name is not None:
+        embedder = make_embedder(bank.embedder_name, device=device)
+        assert embedder.width  # opened now, not when the first question waits
+    return make_retriever(by, bank, embedder, where=where)
 
 
 class BankKeys:

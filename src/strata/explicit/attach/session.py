@@ -351,12 +351,9 @@ def _check(model: Any, *, top_k: int, chunk_tokens: int, prefetch_tokens: int) -
 
 
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot be this model's, as far as sizes show it.
-
-    Models often have some rows more than tokens, for speed; a tenth more is another vocabulary.
-    """
+    """Refuse a tokenizer that cannot be this model's: models have rows to spare, never too few."""
     tokens, rows = len(tokenizer), int(model.get_input_embeddings().num_embeddings)
-    if tokens > rows or rows - tokens > max(1024, rows // 10):
+    if tokens > rows:
         raise AttachError(
             f"the tokenizer has {tokens} tokens and the model {rows}: give the tokenizer that "
             "belongs to this model"
