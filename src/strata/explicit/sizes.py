@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from strata.errors import ConfigError
+from strata.explicit.codec import faiss_factory
 from strata.explicit.host import Host, HostError
 from strata.explicit.memories import MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
@@ -72,7 +73,7 @@ def vector_bytes(codec: str, *, head_dim: int) -> int:
         "int4": 4 * head_dim + 16,
     }
     if codec == "faiss":
-        return _whole(2 * 14) + _whole(10 * _parts(head_dim))
+        codec = faiss_factory(head_dim)
     if codec in known:
         return _whole(known[codec])
     width, parts = head_dim, codec.split(",")
@@ -221,9 +222,3 @@ def _steps(text: str) -> int:
 
 def _whole(bits: int) -> int:
     return -(-bits // 8)
-
-
-def _parts(head_dim: int) -> int:
-    """Parts of the fine code of "faiss": the divisor of the width nearest 8, the larger of two."""
-    divisors = (m for m in range(1, head_dim + 1) if head_dim % m == 0)
-    return min(divisors, key=lambda m: (abs(m - 8), -m))
