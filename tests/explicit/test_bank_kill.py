@@ -74,13 +74,15 @@ def test_killed_at_any_moment(tmp_path: Path, whole: str, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_moments(tmp_path: Path, whole: str) -> None:
-    rng, seen = random.Random(7), set()
-    for number in range(25):  # two kills each
+@pytest.mark.parametrize("seed", range(100, 105))
+def test_killed_at_fifty_moments(tmp_path: Path, whole: str, seed: int) -> None:
+    """Ten a seed: five banks, two kills each."""
+    rng, seen = random.Random(seed), set()
+    for number in range(5):
         folder = tmp_path / str(number)
         folder.mkdir()
         seen.add(kill_and_finish(folder, whole, rng, kills=2))
-    assert len(seen) > 5, "the kills all came at the same place"
+    assert len(seen) > 1, "the kills all came at the same place"
 
 
 def test_killed_between_commit_and_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
