@@ -115,12 +115,13 @@ def test_wrong_presets_and_sources(model: PreTrainedModel) -> None:
     refused(lambda: try_attach(model, source=[1]), "list has no find")
 
 
-def test_a_tokenizer_far_too_small() -> None:
+def test_a_model_with_rows_to_spare_is_not_refused() -> None:
+    """A tokenizer trained on few documents is far smaller than the model made for it."""
     wide = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("llama", **{**TINY, "vocab_size": 4096})
     )
-    refused(lambda: try_attach(wide, tokenizer=Tokenizer(2000)), "2000 tokens and the model 4096")
-    try_attach(wide, tokenizer=Tokenizer(4000))
+    refused(lambda: try_attach(wide, tokenizer=Tokenizer(4097)), "4097 tokens and the model 4096")
+    try_attach(wide, tokenizer=Tokenizer(96))
 
 
 def test_other_kinds_of_model() -> None:
