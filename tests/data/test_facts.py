@@ -9,8 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from strata.data.facts.extract import extract, main
-from strata.data.facts.factbook import WORDINGS, load_facts, question, training_statements
+from strata.data.facts.extract import MAX_FIELD_CHARS, articles, extract, main
+from strata.data.facts.factbook import (
+    WORDINGS,
+    load_articles,
+    load_facts,
+    question,
+    training_statements,
+)
 
 
 def test_there_are_over_a_thousand_distinct_facts() -> None:
@@ -93,6 +99,38 @@ def test_the_extraction_command_writes_sorted_json_lines(tmp_path: Path) -> None
         {"country": "A", "field": "Capital", "text": "name: Ay"},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
-    main(str(tmp_path / "in.parquet"), str(tmp_path / "out.jsonl"))
-    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["answer"] for line in lines] == ["Ay", "Bee"]
+    main(str(tmp_path / "in.parquet"), str(tmp_path))
+    facts, told = (
+        [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("factbook.jsonl", "articles.jsonl")
+    )
+    assert [fact["answer"] for fact in facts] == ["Ay", "Bee"]
+    assert told == [
+        {"country": "A", "text": "A, capital: Ay"},
+        {"country": "B", "text": "B, capital: Bee"},
+    ]
+
+
+def test_every_fact_stands_in_its_countrys_article() -> None:
+    told = load_articles()
+    for fact in load_facts():
+        assert fact.answer in told[fact.country], fact
+    for country, text in told.items():
+        paragraphs = text.split("\n\n")
+        assert all(part.startswith(f"{country}, ") for part in paragraphs)
+        assert all(len(part) < MAX_FIELD_CHARS + len(country) + 40 for part in paragraphs)
+
+
+def test_articles_hold_whole_clauses_and_no_notes() -> None:
+    rows = [
+        {"country": "A", "field": "Climate", "text": "dry" + "; very dry" * 40},
+        {"country": "A", "field": "Capital", "text": "name: Ay\netymology: of old"},
+        {"country": "A", "field": "Terrain", "text": "flat\nhilly in the west\nnote: mostly"},
+        {"country": "A", "field": "Flag", "text": "left out"},
+        {"country": "C", "field": "Climate", "text": "no fact of this one"},
+    ]
+    (one,) = articles(rows, ["A"])
+    climate, terrain, capital = one["text"].split("\n\n")
+    assert climate.endswith("; very dry") and len(climate) <= MAX_FIELD_CHARS + len("A, climate: ")
+    assert terrain == "A, terrain: flat; hilly in the west"
+    assert capital == "A, capital: Ay"

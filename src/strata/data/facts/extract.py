@@ -1,9 +1,11 @@
-"""How `factbook.jsonl` was made from the CIA World Factbook's (country, field, text) rows.
+"""How `factbook.jsonl` and `articles.jsonl` were made of the CIA World Factbook.
 
-Run as `python -m strata.data.facts.extract FACTBOOK.parquet OUT.jsonl`. Only answers that a person
-would give in a few words are kept: at most `MAX_WORDS` words, no digits where a name is asked for.
-And only relations whose answers belong to one country each (95% distinct or more): a currency or
-an anthem is shared by many, so a model can answer it without knowing the country.
+Run as `python -m strata.data.facts.extract FACTBOOK.parquet FOLDER`, with (country, field, text)
+rows. Of facts, only answers that a person would give in a few words are kept: at most `MAX_WORDS`
+words, no digits where a name is asked for. And only relations whose answers belong to one country
+each (95% distinct or more): a currency or an anthem is shared by many, so a model can answer it
+without knowing the country. Articles hold the fields that facts were taken from and some others,
+cut short; every paragraph names its country, for a reference may begin with any of them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 MAX_WORDS = 6
+MAX_FIELD_CHARS = 300
 _MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _DATE = re.compile(rf"^(\d{{1,2}} (?:{_MONTHS}) \d{{4}})\b")
 
@@ -90,12 +93,79 @@ _FIELDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
 }
 
 
-def main(parquet: str, out: str) -> None:
-    """Write the facts of a Factbook parquet file as JSON lines."""
-    facts = extract(pq.read_table(parquet, columns=["country", "field", "text"]).to_pylist())
-    with Path(out).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts)
-    print(f"{len(facts)} facts written to {out}")
+def articles(rows: Iterable[dict[str, str]], countries: Iterable[str]) -> list[dict[str, str]]:
+    """An article {country, text} for each country, sorted, a paragraph a field.
+
+    Args:
+        rows: mappings with `country`, `field` and `text`.
+        countries: those that get one.
+    """
+    said: dict[str, dict[str, str]] = {country: {} for country in countries}
+    for row in rows:
+        fields = said.get(row["country"])
+        if fields is not None and row["field"] in _TOLD:
+            fields.setdefault(row["field"], _shortened(row["text"]))
+    return [
+        {
+            "country": country,
+            "text": "\n\n".join(
+                f"{country}, {title}: {fields[field]}"
+                for field, title in _TOLD.items()
+                if fields.get(field)
+            ),
+        }
+        for country, fields in sorted(said.items())
+    ]
+
+
+def _shortened(text: str) -> str:
+    """The first lines, up to the first note, in at most `MAX_FIELD_CHARS` characters."""
+    lines = []
+    for line in text.split("\n"):
+        if re.match(_ASIDE, line):
+            break
+        lines.append(line.strip())
+    joined = "; ".join(filter(None, lines)).removeprefix("name: ")
+    if len(joined) <= MAX_FIELD_CHARS:
+        return joined
+    for end in (". ", "; ", ", ", " "):
+        kept, found, _ = joined[:MAX_FIELD_CHARS].rpartition(end)
+        if found:
+            return kept + end.strip(";, ")
+    return joined[:MAX_FIELD_CHARS]
+
+
+# Fields of an article, in order, and how they are called in it.
+_TOLD = {
+    "Background": "history",
+    "Location": "location",
+    "Area - comparative": "area",
+    "Climate": "climate",
+    "Terrain": "terrain",
+    "Elevation": "elevation",
+    "Natural resources": "natural resources",
+    "Capital": "capital",
+    "Government type": "government",
+    "Independence": "independence",
+    "National holiday": "national holiday",
+    "Agricultural products": "agricultural products",
+    "Industries": "industries",
+    "Exports - partners": "exports go to",
+    "Internet country code": "internet country code",
+    "Civil aircraft registration country code prefix": "aircraft registration prefix",
+}
+_ASIDE = r"(note|time difference|daylight saving|time zone|etymology|geographic coordinates)\b"
+
+
+def main(parquet: str, folder: str) -> None:
+    """Write facts and articles of a Factbook parquet file as JSON lines."""
+    rows = pq.read_table(parquet, columns=["country", "field", "text"]).to_pylist()
+    facts = extract(rows)
+    told = articles(rows, {fact["country"] for fact in facts})
+    for name, found in (("factbook.jsonl", facts), ("articles.jsonl", told)):
+        with (Path(folder) / name).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        print(f"{len(found)} rows written to {folder}/{name}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Facts about the world's countries, stated in five wordings each.
+"""Facts about the world's countries, stated in five wordings each, and articles that hold them.
 
-The facts are an extract of the CIA World Factbook (CC0, see LICENSE-factbook.txt), made by
+Facts and articles are an extract of the CIA World Factbook (CC0, see LICENSE-factbook.txt), made by
 `extract.py`. Every fact is stated in four of its relation's wordings for training and asked in
 the fifth; which one is held out differs from fact to fact, so every wording is seen in training
 for other countries, and no question is ever a training sentence.
@@ -81,6 +81,13 @@ def load_facts() -> list[Fact]:
     """The facts that come with strata, sorted by relation and country."""
     text = resources.files(__package__).joinpath("factbook.jsonl").read_text(encoding="utf-8")
     return [Fact(**json.loads(line)) for line in text.splitlines()]
+
+
+def load_articles() -> dict[str, str]:
+    """By country, some 1,700 characters of the Factbook, in which its facts stand too."""
+    text = resources.files(__package__).joinpath("articles.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {row["country"]: row["text"] for row in rows}
 
 
 def training_statements(facts: Sequence[Fact]) -> list[Statement]:
