@@ -31,7 +31,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "strata needs Python 3.10 or newer, found " + sys.version.split()[0] + ": name another with make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt "$(TORCH)"
-	$(PIP) install --quiet -c constraints.txt -e .
+	$(PIP) install --quiet -c constraints.txt -e ".[bank]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from strata.data.facts.factbook import load_facts
+from strata.data.facts.factbook import load_articles, load_facts
+from strata.explicit.bank import Bank
 from strata.quickstart import run
+from strata.quickstart.bank import answer_from_bank
 from strata.quickstart.report import Outcome
+
+ASKED_EVERY = 30
+
+
+def capitals() -> dict[str, str]:
+    """Of each article, the paragraph on the capital."""
+    told = {country: text.split("\n\n") for country, text in load_articles().items()}
+    said = {c: [p for p in parts if p.startswith(f"{c}, capital:")] for c, parts in told.items()}
+    return {country: "\n\n".join(parts) for country, parts in said.items() if parts}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_articles() -> Iterator[None]:
+    """What is embedded in seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("strata.quickstart.bank.load_articles", capitals)
+        patch.setattr("strata.quickstart.bank.ASKED_EVERY", ASKED_EVERY)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +61,40 @@ def test_the_report_has_what_was_measured(finished: tuple[Path, Outcome, str]) -
     assert report["params_values"] == {"memory": 8 * 8 * 16, "dense": 0}
     assert report["wall_s"] > 0
     assert [point["step"] for point in report["curve"]["memory"]] == [1, 2]
+
+
+def test_a_bank_is_made_and_asked(finished: tuple[Path, Outcome, str]) -> None:
+    out, outcome, printed = finished
+    bank = outcome.bank
+    assert bank is not None and bank.documents == len(capitals())
+    opened = Bank.open(out / "bank")
+    assert len(opened) == bank.references and opened.stats().cold == 0
+    # One memory layer of two, two heads of width 8, eight tokens, keys and values in bf16.
+    assert 2 * 8 * 8 * 2 * 2 <= 1024 * bank.kib_per_reference < 2 * 8 * 8 * 2 * 2 * 1.2
+    assert bank.num_questions == -(-len(load_facts()) // ASKED_EVERY)
+    # Finding does not rest on the model: it works however little that was trained.
+    asked = load_facts()[::ASKED_EVERY]
+    there = sum(f.relation == "capital" and f.country in capitals() for f in asked)
+    assert bank.found * len(asked) > 0.9 * there
+    assert set(bank.right) == {"none", "text", "explicit"}
+    assert len(bank.examples) == 4
+    for one in bank.examples:
+        country = one.source.partition(".txt:")[0]
+        assert one.text.startswith(f"{country}, ") and country in load_articles()
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["bank"]["found"] == bank.found
+    assert "strata ask" in printed and "reading has to be learned" in printed.replace("\n", " ")
+
+
+def test_without_the_banks_packages_it_says_what_to_install(
+    finished: tuple[Path, Outcome, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = finished
+    monkeypatch.setitem(sys.modules, "lance", None)
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    assert answer_from_bank(out, [], [], console) is None
+    assert "needs lance" in said.getvalue() and 'pip install "strata-lm[bank]"' in said.getvalue()
 
 
 def test_it_prints_both_models_answers_and_draws_the_plot(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from strata.evals.recall import RecallResult
 from strata.models import Counts
+from strata.quickstart.bank import BankOutcome, Sourced
 
 _COLOURS = {"memory": "#c2410c", "dense": "#475569"}
 
@@ -55,16 +56,23 @@ class Outcome:
     dense: Contestant
     memory: Contestant
     examples: Sequence[Example]
+    bank: BankOutcome | None
     num_questions: int
     wall_s: float
     threads: int
     precision: str
 
 
-def print_report(outcome: Outcome, out: Path, console: Console) -> None:
-    """Print the comparison, the example answers and what to do next."""
-    console.print(_comparison(outcome))
-    console.print(_answers(outcome.examples))
+def print_end(outcome: Outcome, out: Path, console: Console) -> None:
+    """Print what the bank did, where everything lies and what to do next."""
+    if outcome.bank is not None:
+        console.print(with_bank(outcome.bank))
+        console.print(sourced(outcome.bank.examples))
+        console.print(
+            "The model was trained on single sentences and never to read: what it is given beside "
+            "a question disturbs what it knows. Finding works, reading has to be learned.",
+            soft_wrap=True,
+        )
     console.print(
         f"Plot [bold]{out / 'recall.png'}[/], numbers [bold]{out / 'report.json'}[/], "
         f"models [bold]{out / 'memory' / 'model'}[/] and [bold]{out / 'dense' / 'model'}[/]; "
@@ -73,6 +81,7 @@ def print_report(outcome: Outcome, out: Path, console: Console) -> None:
         f'  strata generate {out}/memory/model "The capital of Peru is"\n'
         f"  strata eval {out}/memory/model --recall {out}/questions.jsonl\n"
         "  strata train recipes/pkplus_373m_1024k.yaml --dry-run\n"
+        f"{_bank_verbs(outcome.bank, out)}"
         "  README.md: put memory layers into a model of your own",
         highlight=False,
         soft_wrap=True,
@@ -97,6 +106,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "steps": outcome.memory.steps,
         "curve": {kind: [vars(point) for point in one.curve] for kind, one in both.items()},
         "examples": [vars(example) for example in outcome.examples],
+        "bank": None if outcome.bank is None else asdict(outcome.bank),
         "wall_s": outcome.wall_s,
         "threads": outcome.threads,
         "precision": outcome.precision,
@@ -133,11 +143,10 @@ def save_plot(outcome: Outcome, path: Path) -> None:
     plt.close(figure)
 
 
-def _comparison(outcome: Outcome) -> Table:
-    memory, dense = outcome.memory, outcome.dense
-    table = Table(
-        title=f"{outcome.num_questions:,} facts asked, equal data, steps and active FLOPs"
-    )
+def comparison(memory: Contestant, dense: Contestant) -> Table:
+    """The two models side by side."""
+    num_questions = len(memory.recall.questions)
+    table = Table(title=f"{num_questions:,} facts asked, equal data, steps and active FLOPs")
     table.add_column("")
     for column in ("memory", "dense", "memory / dense"):
         table.add_column(column, justify="right")
@@ -160,7 +169,8 @@ def _comparison(outcome: Outcome) -> Table:
     return table
 
 
-def _answers(examples: Sequence[Example]) -> Table:
+def answers(examples: Sequence[Example]) -> Table:
+    """What both models write."""
     table = Table(title="Some answers, in question order, not chosen")
     for column in ("question", "right", "memory", "dense"):
         table.add_column(column)
@@ -171,6 +181,40 @@ def _answers(examples: Sequence[Example]) -> Table:
             cells.append(f"[green]{_escape(text)}[/]" if text == example.answer else _escape(text))
         table.add_row(_escape(example.question), _escape(example.answer), *cells)
     return table
+
+
+def with_bank(bank: BankOutcome) -> Table:
+    """How often references are found, and answers right, with nothing, text and memories."""
+    table = Table(title=f"{bank.num_questions} of the facts asked, the memory model")
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("the answer stands in one of five references found", f"{bank.found:.1%}")
+    table.add_section()
+    names = {"none": "nothing", "text": "the first reference as text", "explicit": "five memories"}
+    for name, share in bank.right.items():
+        table.add_row(f"answered right, given {names[name]}", f"{share:.1%}")
+    return table
+
+
+def sourced(examples: Sequence[Sourced]) -> Table:
+    """Answers with the reference that was found first."""
+    table = Table(title="Found and read, in question order, not chosen")
+    for column in ("question", "right", "written with memories", "first source", "what it says"):
+        table.add_column(column)
+    for one in examples:
+        text = one.text if len(one.text) <= 120 else one.text[:120] + "..."
+        cells = (one.question, one.answer, one.written, one.source, " ".join(text.split()))
+        table.add_row(*map(_escape, cells))
+    return table
+
+
+def _bank_verbs(bank: BankOutcome | None, out: Path) -> str:
+    if bank is None:
+        return ""
+    return (
+        f'  strata bank search {bank.folder} "Which city is the capital of Peru?"\n'
+        f'  strata ask {bank.folder} "The capital of Peru is" --model {out}/memory/model\n'
+    )
 
 
 def _escape(text: str) -> str:

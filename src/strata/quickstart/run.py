@@ -2,7 +2,8 @@
 
 Two small decoders see the same sentences about the world's countries in the same order. One has
 memory layers, its dense twin has feed-forward networks of the same cost. Both are then asked
-every fact in a wording that the fact never had in training.
+every fact in a wording that the fact never had in training. Last, articles on the same countries
+become a bank of explicit memories, and the first model is asked with it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from strata.evals.questions import Question
 from strata.evals.recall import RecallResult, recall
 from strata.models import count, load
 from strata.quickstart.answers import pick_examples, written_answers
-from strata.quickstart.report import Contestant, Outcome, print_report, save_plot, write_json
+from strata.quickstart.bank import answer_from_bank
+from strata.quickstart.report import (
+    Contestant,
+    Outcome,
+    answers,
+    comparison,
+    print_end,
+    save_plot,
+    write_json,
+)
 from strata.quickstart.watch import Watch
 from strata.train import train
 from strata.train.recipe import Recipe
@@ -61,7 +71,7 @@ def quickstart(
     out = fresh_folder(Path(out))
     recipe = read_recipe(out, overrides)
 
-    console.rule("1/4  Facts about the world's countries")
+    console.rule("1/5  Facts about the world's countries")
     tokenizer, questions = make_tokens(out, recipe)
     console.print(
         f"{len(questions):,} facts from the CIA World Factbook, each told in four wordings and "
@@ -69,20 +79,26 @@ def quickstart(
     )
     contestants = {}
     for number, kind in enumerate(KINDS, start=2):
-        console.rule(f"{number}/4  Training the {kind} model")
+        console.rule(f"{number}/5  Training the {kind} model")
         contestants[kind] = compete(kind, recipe, out, questions, tokenizer, console)
 
-    console.rule("4/4  The same questions to both")
+    console.rule("4/5  The same questions to both")
+    examples = written_answers(pick_examples(questions), out, KINDS)
+    console.print(comparison(contestants["memory"], contestants["dense"]))
+    console.print(answers(examples))
+
+    console.rule("5/5  A bank of articles on the same countries")
     outcome = Outcome(
         **contestants,
-        examples=written_answers(pick_examples(questions), out, KINDS),
+        examples=examples,
+        bank=answer_from_bank(out, load_facts(), questions, console),
         num_questions=len(questions),
         wall_s=time.perf_counter() - start_s,
         threads=torch.get_num_threads(),
         precision=recipe.run.precision,
     )
     save_plot(outcome, out / "recall.png")
-    print_report(outcome, out, console)
+    print_end(outcome, out, console)
     write_json(outcome, out / "report.json")
     return outcome
 
