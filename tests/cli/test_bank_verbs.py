@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from strata.cli.main import main
 
@@ -226,6 +233,60 @@ def test_wrong_input_is_one_line(
     assert code == 2 and out == ""
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("strata: error: ") and says in lines[0]
+
+
+def test_a_binary_file_is_skipped_and_said(run: Run, bank: Path, tiny_model: Path) -> None:
+    folder = bank.parent / "mixed"
+    folder.mkdir()
+    (folder / "noise.txt").write_bytes(bytes(range(256)) * 40)
+    (folder / "dunn.txt").write_text("Dunn burns peat.")
+    code, out, err = run("bank", "add", bank, folder, "--model", tiny_model)
+    assert code == 0 and "1 documents as 1 references" in out
+    skipped = [line for line in err.splitlines() if "skipped" in line]
+    assert len(skipped) == 1 and "noise.txt" in skipped[0]
+
+
+def test_one_endless_line_becomes_references(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    """One line without a sentence's end; cold, for encoding is not what is asked here."""
+    bank = tmp_path / "long"
+    create(run, bank, tiny_model)
+    line = " ".join(f"peat and salt {number}" for number in range(5_000))
+    (tmp_path / "line.txt").write_text(line)
+    code, _, err = run("bank", "add", bank, tmp_path / "line.txt", "--model", tiny_model, "--cold")
+    assert code == 0, err
+    _, out, _ = run("bank", "stats", bank, "--json")
+    stats = json.loads(out)
+    assert stats["sources"] == 1 and stats["references"] > 500
+    assert len(line) - stats["references"] <= stats["characters"] <= len(line)
+
+
+def test_more_hits_than_there_are(run: Run, bank: Path, tiny_model: Path) -> None:
+    code, out, _ = run("bank", "search", bank, "mayor wool bridge", "--top-k", "50", "--json")
+    assert code == 0 and len(json.loads(out)) == 3
+    code, _, err = run(
+        "ask", bank, "mayor wool bridge", "--model", tiny_model, "--top-k", "50",
+        "--max-new-tokens", "2",
+    )  # fmt: skip
+    assert code == 0 and "from 3 places" in err
+
+
+def test_models_without_a_place_for_memory(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    tiny = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    reads_both_ways, slides = tmp_path / "bert", tmp_path / "mistral"
+    BertForMaskedLM(BertConfig(**tiny)).save_pretrained(reads_both_ways)
+    MistralForCausalLM(
+        MistralConfig(**tiny, num_key_value_heads=2, sliding_window=16)
+    ).save_pretrained(slides)
+    for folder, says in ((reads_both_ways, "a decoder-only model"), (slides, "sliding window")):
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+        code, out, err = run(
+            "bank", "create", tmp_path / "new", "--model", folder, "--embedder", "none",
+            "--reference-tokens", "24", "--layers", "0",
+        )  # fmt: skip
+        lines = [line for line in err.splitlines() if line.startswith("strata: error: ")]
+        assert code == 2 and out == "" and len(lines) == 1 and says in lines[0], err
+        assert not (tmp_path / "new").exists()
 
 
 def _greedy(folder: Path, prompt: str, count: int) -> str:

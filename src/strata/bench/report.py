@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from strata.bench.decode import DecodeResult
+from strata.bench.memory import STAGES, MemoryResult
 from strata.bench.ops import OpResult
 from strata.bench.train import TrainResult
 
@@ -85,3 +86,39 @@ def decode_table(results: Sequence[DecodeResult], *, device: torch.device) -> Ta
         )
         before = result.batch
     return table
+
+
+def memory_table(results: Sequence[MemoryResult], *, device: torch.device) -> Group:
+    """Time to the first token, rate after it, and bytes; then stages; by format and batch."""
+    threads = torch.get_num_threads()
+    answers = Table(title=f"one decoder on {device}, {threads} threads, medians")
+    stages = Table(title="stages, p50 / p95 in ms")
+    for table in (answers, stages):
+        table.add_column("prompts", justify="right")
+        table.add_column("format", no_wrap=True)
+    for column in ("first token, ms", "text's over it", "tokens/s", "of none's", "KiB/reference"):
+        answers.add_column(column, justify="right")
+    for stage in STAGES:
+        stages.add_column(stage, justify="right")
+    by_name = {(result.batch, result.format): result for result in results}
+    before = None
+    for result in results:
+        if before not in (None, result.batch):
+            answers.add_section()
+            stages.add_section()
+        batch = str(result.batch) if before != result.batch else ""
+        before = result.batch
+        text, none = (by_name[result.batch, name] for name in ("text", "none"))
+        answers.add_row(
+            batch,
+            result.format,
+            f"{result.ttft_ms:,.0f}",
+            f"{text.ttft_ms / result.ttft_ms:.2f}",
+            f"{result.tokens_per_s:,.1f}",
+            f"{result.tokens_per_s / none.tokens_per_s:.2f}",
+            f"{result.kib_per_reference:,.1f}",
+        )
+        spreads = [result.stages.get(stage) for stage in STAGES]
+        shown = ["" if s is None else f"{s.p50_ms:,.1f} / {s.p95_ms:,.1f}" for s in spreads]
+        stages.add_row(batch, result.format, *shown)
+    return Group(answers, stages)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -116,3 +117,53 @@ def bench_decode(
         print(json.dumps([result.as_dict() for result in results], indent=1))
     else:
         Console().print(decode_table(results, device=target))
+
+
+def bench_memory(
+    size: Annotated[str, typer.Option(help="small (seconds), full (ten minutes)")] = "full",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="folder written by save_pretrained; default: random weights"),
+    ] = None,
+    embedder: Annotated[
+        str, typer.Option(help="minilm (offline), a name on the hub, a folder; none: by words only")
+    ] = "minilm",
+    rounds: Annotated[int, typer.Option(help="answers of each contestant that count")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
+) -> None:
+    """Time answers with no knowledge, text, cached text, and dense, sparse and quantized memories.
+
+    One decoder, one retriever, the same references: how soon the first token comes, how fast the
+    others, and what is stored.
+    """
+    from rich.console import Console
+
+    from strata.bench.memory import SIZES
+    from strata.bench.memory import bench_memory as run
+    from strata.bench.report import memory_table
+    from strata.cli.device import open_model
+    from strata.device import pick_device
+    from strata.explicit.embed import make_embedder
+
+    if size not in SIZES:
+        raise ConfigError(f"no size {size!r}: give one of {', '.join(SIZES)}")
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds} is not allowed: give 1 or more")
+    target = pick_device(device)
+    opened: dict[str, Any] = {}
+    if model is not None:
+        opened["model"], opened["tokenizer"] = open_model(model, device=device)
+    with Console(stderr=True).status("starting") as status:
+        results = run(
+            SIZES[size],
+            device=target,
+            rounds=rounds,
+            embedder=None if embedder == "none" else make_embedder(embedder, device=device),
+            on_progress=status.update,
+            **opened,
+        )
+    if as_json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+    else:
+        Console().print(memory_table(results, device=target))

@@ -9,7 +9,7 @@ import typer
 
 from strata.cli.ask import ask, chat
 from strata.cli.bank import VERBS as BANK_VERBS
-from strata.cli.bench import bench_decode, bench_ops, bench_train
+from strata.cli.bench import bench_decode, bench_memory, bench_ops, bench_train
 from strata.cli.data import prepare_data
 from strata.cli.eval import evaluate
 from strata.cli.generate import generate
@@ -47,6 +47,7 @@ bench_app = typer.Typer(help="Speed, beside the rivals.", no_args_is_help=True)
 bench_app.command("ops")(bench_ops)
 bench_app.command("train")(bench_train)
 bench_app.command("decode")(bench_decode)
+bench_app.command("memory")(bench_memory)
 app.add_typer(bench_app, name="bench")
 
 tokenizer_app = typer.Typer(help="A vocabulary of one's own.", no_args_is_help=True)
