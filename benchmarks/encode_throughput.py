@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import random
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,24 +70,58 @@ def main() -> None:
         for selector in options.selectors:
             encoder = Encoder(host, tokenizer, ExplicitMemoryConfig(selector=selector))
             contestants[selector] = partial(encoder.encode, texts, batch_size=batch_size)
-        ids = [encoder.marker_ids + row for row in tokenizer(texts)["input_ids"]]
-        inputs = torch.tensor(ids).to(device).split(batch_size)
-        last = encoder.shape.layers[-1]
-        contestants["bare"] = partial(bare, model, inputs, num_layers=last + 1)
-        contestants["bare, ended alike"] = partial(ended, host, inputs, last=last)
-        times_ms = race(contestants, rounds=options.rounds, device=device)
-        tokens = sum(batch.numel() for batch in inputs)
-        for name, time_ms in times_ms.items():
-            print(
-                f"batches of {batch_size:3d}  {name:17s} {time_ms:8.1f} ms  "
-                f"{tokens / time_ms * 1e3:9.0f} tokens/s  "
-                f"{times_ms['bare'] / time_ms:.2f} of bare, "
-                f"{times_ms['bare, ended alike'] / time_ms:.2f} of bare, ended alike"
-            )
+        compare(
+            encoder, tokenizer, texts, contestants, batch_size=batch_size, rounds=options.rounds
+        )
+
+
+def compare(
+    encoder: Encoder,
+    tokenizer: Any,
+    texts: Sequence[str],
+    contestants: dict[str, Callable[[], object]],
+    *,
+    batch_size: int,
+    rounds: int,
+) -> None:
+    """Race what encodes texts against its decoder's first layers alone, and print the rates.
+
+    Args:
+        encoder: says which layers, and what stands before each text.
+        tokenizer: the encoder's.
+        texts: of any lengths; batches are made and padded as the encoder makes them.
+        contestants: what encodes them, by name.
+    """
+    host = encoder.host
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    rows = sorted((encoder.marker_ids + row for row in ids), key=len)
+    inputs = [
+        padded(rows[n : n + batch_size], host.device) for n in range(0, len(rows), batch_size)
+    ]
+    last = encoder.shape.layers[-1]
+    everybody = contestants | {
+        "bare": partial(bare, host.model, inputs, num_layers=last + 1),
+        "bare, ended alike": partial(ended, host, inputs, last=last),
+    }
+    times_ms = race(everybody, rounds=rounds, device=host.device)
+    tokens = sum(map(len, rows))
+    for name, time_ms in times_ms.items():
+        print(
+            f"batches of {batch_size:3d}  {name:17s} {time_ms:8.1f} ms  "
+            f"{tokens / time_ms * 1e3:9.0f} tokens/s  "
+            f"{times_ms['bare'] / time_ms:.2f} of bare, "
+            f"{times_ms['bare, ended alike'] / time_ms:.2f} of bare, ended alike"
+        )
+
+
+def padded(rows: Sequence[list[int]], device: torch.device) -> torch.Tensor:
+    """Rows of ids, filled up on the right with id 0."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(device)
 
 
 @torch.no_grad()
-def bare(model: Any, inputs: tuple[torch.Tensor, ...], *, num_layers: int) -> None:
+def bare(model: Any, inputs: Sequence[torch.Tensor], *, num_layers: int) -> None:
     """The decoder's first layers over the inputs, and nothing else."""
     layers = model.model.layers
     model.model.layers = layers[:num_layers]
@@ -102,7 +137,7 @@ class Ended(Exception):
 
 
 @torch.no_grad()
-def ended(host: Host, inputs: tuple[torch.Tensor, ...], *, last: int) -> None:
+def ended(host: Host, inputs: Sequence[torch.Tensor], *, last: int) -> None:
     """The same, up to the attention of the last layer."""
 
     def attend(underneath: Any, module: Any, *args: Any, **kwargs: Any) -> Any:

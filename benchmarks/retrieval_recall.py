@@ -13,14 +13,12 @@ retriever, with the time of a query, and the speed of the embedder.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +27,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from planted import COLUMNS, Question, paragraphs, recall_row
 
 from strata.explicit.documents import ReadReport, read_documents
 from strata.explicit.embed import Embedder, make_embedder
 from strata.explicit.hits import Hit
 from strata.explicit.retrieve import HybridRetriever, Retriever, TextRetriever, VectorRetriever
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, the paragraph it was asked about, and the answers accepted."""
-
-    text: str
-    source: str
-    answers: tuple[str, ...]
 
 
 class LanceReferences:
@@ -104,30 +94,20 @@ def main() -> None:
             f"{options.seed}; {embedder.name}: {len(hits) / bank.embedding_s:.0f} references/s on "
             f"{torch.get_num_threads()} threads\n"
         )
-        print("| retriever | its paragraph | with an answer | first hit | ms a query |")
-        print("|---|---:|---:|---:|---:|")
+        print(COLUMNS)
         for name, retriever in retrievers.items():
-            print(row(name, retriever, questions, options.top_k))
+            print(recall_row(name, retriever, questions, options.top_k))
 
 
 def plant(options: argparse.Namespace, rng: random.Random) -> tuple[list[Hit], list[Question]]:
     """References of the bank, shuffled, and one question about each paragraph in it."""
-    by_context: dict[str, list[dict[str, Any]]] = {}
-    with gzip.open(options.data / "qa" / "squad_dev_v1.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in file:
-            question = json.loads(line)
-            by_context.setdefault(question["context"], []).append(question)
-    contexts = list(by_context)
-    rng.shuffle(contexts)
     hits: list[Hit] = []
     questions: list[Question] = []
-    for context in contexts:
+    for context, question in paragraphs(options.data / "qa" / "squad_dev_v1.jsonl.gz", rng):
+        hits.extend(windows(context, question.source, options.words, len(hits)))
+        questions.append(question)
         if len(hits) >= options.references // 2:
             break
-        source = f"squad#{len(questions)}"
-        hits.extend(windows(context, source, options.words, len(hits)))
-        asked = rng.choice(by_context[context])
-        questions.append(Question(asked["question"], source, tuple(asked["answers"])))
     if len(hits) < options.references // 2:
         sys.exit(f"SQuAD gives {len(hits)} references: ask for {2 * len(hits)} at most")
     for reference in wikipedia(options, rng):
@@ -152,23 +132,6 @@ def windows(text: str, source: str, words: int, first: int) -> Iterator[Hit]:
     for number, start in enumerate(range(0, len(pieces), words)):
         piece = " ".join(pieces[start : start + words])
         yield Hit(str(first + number), 0.0, piece, source, start, start + words)
-
-
-def row(name: str, retriever: Retriever, questions: Sequence[Question], top_k: int) -> str:
-    """One line of the table; queries one by one, as a session asks them."""
-    retriever.search([questions[0].text], top_k)
-    started_s = time.perf_counter()
-    found = [retriever.search([question.text], top_k)[0] for question in questions]
-    query_ms = (time.perf_counter() - started_s) * 1e3 / len(questions)
-    pairs = list(zip(questions, found, strict=True))
-    own = [any(hit.source == q.source for hit in hits) for q, hits in pairs]
-    told = [
-        any(hit.source == q.source and any(a in hit.text for a in q.answers) for hit in hits)
-        for q, hits in pairs
-    ]
-    first = [bool(hits) and hits[0].source == q.source for q, hits in pairs]
-    shares = [f"{100 * sum(good) / len(good):.1f}%" for good in (own, told, first)]
-    return f"| {name} | {' | '.join(shares)} | {query_ms:.1f} |"
 
 
 if __name__ == "__main__":

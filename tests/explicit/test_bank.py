@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from strata.errors import BankError
-from strata.explicit.bank import Bank
+from strata.explicit.bank import Bank, vectors
+from strata.explicit.bank.store import Store
 from strata.explicit.codec import make_codec
 from strata.explicit.settings import ExplicitMemoryConfig
 from tiny_bank import (
@@ -243,6 +246,9 @@ def test_cold_rows_are_filled_later(tmp_path: Path) -> None:
     texts = [record.text for record in cold.take(ids)]
     cold.fill(ids[:5], TinyEncoder().encode(texts[:5]))
     assert set(cold.blobs(ids)) == set(ids[:5])
+    assert cold.cold_among([ids[7], ids[2], ids[6]]) == [ids[7], ids[6]]
+    with pytest.raises(BankError, match="is not in version"):
+        cold.cold_among(["0" * 32])
     assert cold.cold(limit=3) and sum(i.cold for i in cold.ls()) == 8 == cold.stats().cold
     other = TinyEncoder().encode(["other"] * len(ids))
     cold.fill(ids, TinyEncoder().encode(texts))  # those that have one keep it
@@ -354,6 +360,73 @@ def test_an_index_finds_what_exact_search_finds(tmp_path: Path) -> None:
         bank.search(TinyEmbedder().embed_documents(["Zebra zeppelin zinc."])[0], 1)[0].source
         == "late"
     )
+
+
+def hits_of(bank: Bank, words: str, top_k: int = 8, **options: Any) -> list[tuple[str, float]]:
+    query = TinyEmbedder().embed_documents([words])[0]
+    return [(hit.text, round(hit.score, 4)) for hit in bank.search(query, top_k, **options)]
+
+
+def test_vectors_in_ram_find_what_lance_finds(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After rows were removed, added by another object, and for a part of the rows."""
+    other = reopen(bank.path)
+    assert hits_of(bank, "moss") == hits_of(other, "moss")
+    add(other, [Doc("Zebra zeppelin zinc.", "late", {"n": 9})])
+    other.remove(["stones/3.txt", "stones/11.txt"])
+    assert hits_of(bank, "zebra", 1) != hits_of(other, "zebra", 1)  # it sees its own version
+    bank.refresh()
+    assert bank._vectors.of(bank._store) is not None
+    found = []
+    for most in (vectors.MAX_BYTES, 0):  # with nothing in RAM Lance compares
+        monkeypatch.setattr(vectors, "MAX_BYTES", most)
+        opened = Bank.open(bank.path)
+        assert (opened._vectors.of(opened._store) is None) == (most == 0)
+        found.append(
+            [
+                sorted(hits_of(opened, words, 80, where=where), key=lambda hit: (-hit[1], hit[0]))
+                for words in ("moss", "the heron", "zebra zinc")
+                for where in (None, {"n": 2}, {"n": 9}, {"n": 77})
+            ]
+        )
+    assert found[0] == found[1]
+    assert [len(hits) for hits in found[0]][:4] == [66, 17, 1, 0]
+    assert hits_of(bank, "zebra zinc", 1)[0][0] == "Zebra zeppelin zinc."
+    assert not any("Stone 11 " in text for text, _ in hits_of(bank, "stone 11", 80))
+
+
+def test_rows_seen_before_are_read_where_they_are_now(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found is read without a look into the index, until the bank changes."""
+    ids = all_ids(bank)
+    scans: list[object] = []
+    scan = Store.scan
+    monkeypatch.setattr(Store, "scan", lambda *a, **k: scans.append(k) or scan(*a, **k))
+    before = bank.blobs(ids)
+    assert len(before) == 73 and not scans
+    gone = {r.id for r in bank.take(ids) if r.source == "stones/7.txt"}
+    assert len(gone) == 4 and not scans
+    add(bank, [Doc("Zebra zeppelin zinc.", "late")])
+    bank.remove(["stones/7.txt"])
+    for change in (lambda: None, lambda: bank.compact(keep_s=0), lambda: None):
+        change()
+        left = [name for name in ids if name not in gone]
+        assert bank.blobs(left) == {name: before[name] for name in left}
+        with pytest.raises(BankError, match="is not in version"):
+            bank.blobs([*left, next(iter(gone))])
+        assert len(all_ids(bank)) == 70
+
+
+def test_rows_without_a_direction_are_never_found(tmp_path: Path) -> None:
+    class Silent(TinyEmbedder):
+        def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
+            loud = np.array([[text != "Nothing."] for text in texts])
+            return super().embed_documents(texts) * loud
+
+    bank = create(tmp_path / "bank")
+    docs = [Doc("Otter.", "a"), Doc("Nothing.", "b"), Doc("Plum.", "c")]
+    bank.add(docs, cut=cut, encoder=TinyEncoder(), embedder=Silent())
+    assert [text for text, _ in hits_of(bank, "plum", 3)] == ["Plum.", "Otter."]
 
 
 WORDS_OF = ("heron otter", "plum", "raven silt moss")

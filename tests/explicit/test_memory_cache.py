@@ -270,3 +270,14 @@ def test_no_ids_and_no_room() -> None:
     assert cache.stats().count == 0
     with pytest.raises(ConfigError, match="capacity_bytes must be 0 or more, given -1"):
         MemoryCache(loader, capacity_bytes=-1)
+
+
+def test_what_is_missing_is_said_without_a_trace() -> None:
+    """Asking counts nothing and saves nothing from being dropped."""
+    cache = MemoryCache(memory_of, capacity_bytes=2 * BYTES)
+    cache.get(["1", "2"])
+    before = cache.stats()
+    assert cache.missing(["3", "1", "2", "4"]) == ["3", "4"]
+    assert cache.stats() == before
+    cache.get(["3"])
+    assert cache.missing(["1", "2", "3"]) == ["1"]

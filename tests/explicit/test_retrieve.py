@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strata.errors import ConfigError, ModelError
+from strata.errors import BankError, ConfigError, ModelError
 from strata.explicit.hits import Hit
 from strata.explicit.key_scan import KeyScan
 from strata.explicit.memories import Memories
@@ -260,6 +261,33 @@ def test_a_part_without_weight_is_not_searched() -> None:
 
     found = HybridRetriever([Listed("ab"), Silent("z")], weights=[1, 0]).search(["q"], 5)
     assert ids(found[0]) == ["a", "b"]
+
+
+def test_parts_are_searched_at_once_but_for_the_model() -> None:
+    """What runs the model stays in the caller's thread; an error of any part arrives."""
+    together, threads = threading.Barrier(3, timeout=20), dict[str, threading.Thread]()
+
+    class Meeting(Listed):
+        def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
+            threads["".join(self._order)] = threading.current_thread()
+            if not self.runs_model:
+                together.wait()  # nobody goes on before all three have come
+            return super().search(queries, top_k)
+
+    model = Meeting("m")
+    model.runs_model = True
+    parts = [Meeting("ab"), Meeting("bc"), Meeting("cd"), model]
+    hits = HybridRetriever(parts).search(["q"], 9)[0]
+    assert set(ids(hits)) == set("abcdm") and ids(hits)[:2] in (["b", "c"], ["c", "b"])
+    here = threading.current_thread()
+    assert [threads[name] is here for name in ("ab", "bc", "cd", "m")] == [True, False, False, True]
+
+    class Failing(Listed):
+        def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
+            raise BankError("the disk is gone")
+
+    with pytest.raises(BankError, match="the disk is gone"):
+        HybridRetriever([Listed("ab"), Failing("c")]).search(["q"], 5)
 
 
 def test_fusion_joins_equal_texts() -> None:

@@ -97,6 +97,11 @@ class MemoryCache:
                 found.update({id: batch.memories[id] for id in missing if id in batch.memories})
         return Memories.cat([found[id] for id in ids])
 
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` that are not kept now; neither counted nor made more recent."""
+        with self._lock:
+            return [id for id in ids if id not in self._kept]
+
     def stats(self) -> CacheStats:
         """Counts so far."""
         with self._lock:

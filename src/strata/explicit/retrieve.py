@@ -11,6 +11,7 @@ import threading
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -322,6 +323,7 @@ class HybridRetriever:
         self._parts = list(zip(retrievers, weights, strict=True))
         self._k = k
         self._keep_equal_texts = keep_equal_texts
+        self._pool = ThreadPoolExecutor(len(retrievers), thread_name_prefix="strata-search")
 
     @property
     def runs_model(self) -> bool:
@@ -331,20 +333,38 @@ class HybridRetriever:
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
         """At most `top_k` hits for each query, best first.
 
-        Each part is searched to four times that depth, and 50 at least.
+        Each part is searched to four times that depth, and 50 at least, all of them at once.
 
         Raises:
             ConfigError: `top_k` is below 1.
         """
         wanted, distinct = _distinct_queries(queries, top_k)
         depth = max(4 * top_k, _FUSED_DEPTH)
-        ranked = [part.search(distinct, depth) for part, weight in self._parts if weight]
+        ranked = self._ranked(distinct, depth)
         weights = [weight for _, weight in self._parts if weight]
         found: dict[str, list[Hit]] = {"": []}
         for place, query in enumerate(distinct):
             fused = self._fuse([hits[place] for hits in ranked], weights)
             found[query] = fused[:top_k]
         return [list(found[query]) for query in wanted]
+
+    def _ranked(self, queries: Sequence[str], depth: int) -> list[list[list[Hit]]]:
+        """What each part finds, side by side: words are searched while a text is embedded.
+
+        What runs the model, and the first part, run in the caller's thread.
+        """
+        parts = [part for part, weight in self._parts if weight]
+        found: dict[int, list[list[Hit]]] = {}
+        coming = {
+            number: self._pool.submit(part.search, queries, depth)
+            for number, part in enumerate(parts)
+            if number and not part.runs_model
+        }
+        for number, part in enumerate(parts):
+            if number not in coming:
+                found[number] = part.search(queries, depth)
+        found |= {number: future.result() for number, future in coming.items()}
+        return [found[number] for number in range(len(parts))]
 
     def _fuse(self, lists: Sequence[Sequence[Hit]], weights: Sequence[float]) -> list[Hit]:
         # By text, where equal texts are one: parts may have kept different ones of two.

@@ -111,8 +111,7 @@ class BankSource:
             wanted = [identifier for identifier in ids if identifier not in self._fresh]
         if not wanted or self._from_text:
             return wanted
-        warm = self._bank.blobs(wanted)
-        return [identifier for identifier in wanted if identifier not in warm]
+        return self._bank.cold_among(self._cache.missing(wanted))
 
     def warm(self, ids: Sequence[str]) -> None:
         """Encode references; only where nothing else runs the model.

@@ -30,6 +30,7 @@ from strata.explicit.bank.records import Record
 from strata.explicit.bank.settings import BankSettings, EmbedderSettings
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.upkeep import CompactReport
+from strata.explicit.bank.vectors import VectorTables, has_vector_index
 from strata.explicit.bank.verify import VerifyReport, verify
 from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
 from strata.explicit.fingerprint import Fingerprint, refuse_other
@@ -110,6 +111,7 @@ class Bank:
         self.path, self.settings, self.codec = path, given, codec
         self.index_rows = search.INDEX_ROWS
         self._store = store
+        self._vectors = VectorTables()
         self._checked = False
 
     @classmethod
@@ -390,6 +392,15 @@ class Bank:
                 return found[:limit]
         return found
 
+    def cold_among(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` without memories, in order; their codes are not read.
+
+        Raises:
+            BankError: an id is not in the bank.
+        """
+        rows = search.rows_by_id(self._store, ids, ["id", "checksum"])
+        return [name for name in ids if records.is_cold(rows[name]["checksum"])]
+
     def search(
         self,
         query: Any,
@@ -415,7 +426,7 @@ class Bank:
         """
         if isinstance(query, str):
             return search.by_words(self._store, query, top_k, where)
-        return search.by_vector(self._store, query, top_k, where, exact=exact)
+        return search.by_vector(self._store, self._vectors, query, top_k, where, exact=exact)
 
     def take(self, ids: Sequence[str]) -> list[Record]:
         """Whole records, in the order of their ids, each checked.
@@ -515,7 +526,7 @@ class Bank:
             disk_bytes=upkeep.folder_bytes(self.path),
             files=len(self._store.dataset.get_fragments()),
             unindexed=search.unindexed_rows(self._store),
-            vector_index=search.has_vector_index(self._store),
+            vector_index=has_vector_index(self._store),
         )
 
     def digest(self) -> str:

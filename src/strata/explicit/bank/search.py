@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from strata.errors import BankError
 from strata.explicit.bank import records
 from strata.explicit.bank.store import Store
+from strata.explicit.bank.vectors import VectorTables, has_vector_index
 from strata.explicit.hits import Hit
 
 MAX_TOP_K = 10_000
@@ -40,9 +42,18 @@ def set_up(dataset: Any) -> None:
 
 
 def by_vector(
-    store: Store, vector: Any, top_k: int, where: Mapping[str, Any] | None, *, exact: bool
+    store: Store,
+    tables: VectorTables,
+    vector: Any,
+    top_k: int,
+    where: Mapping[str, Any] | None,
+    *,
+    exact: bool,
 ) -> list[Hit]:
-    """The rows nearest a vector by cosine; rows without a vector are never found."""
+    """The rows nearest a vector by cosine; rows without a vector are never found.
+
+    Without a vector index the vectors are compared in RAM, unless they are too many.
+    """
     _check_top_k(top_k)
     field = store.columns.field("vector") if "vector" in store.columns.names else None
     if field is None:
@@ -56,18 +67,22 @@ def by_vector(
         )
     if not np.isfinite(query).all() or not query.any():
         raise BankError("the query vector is zero, or holds NaN or infinity: it has no direction")
+    condition = records.condition(where)
+    table = tables.of(store)
+    if table is not None:
+        among = None if condition is None else _addresses(table.store, condition)
+        addresses, cosines = table.nearest(query, top_k, among)
+        rows = table.store.take(addresses, records.HIT_COLUMNS)
+        return [records.checked_hit(*pair) for pair in zip(rows, cosines, strict=True)]
     nearest: dict[str, Any] = {"column": "vector", "q": query, "k": top_k, "metric": "cosine"}
     if exact:
         nearest["use_index"] = False
     else:
         nearest |= {"nprobes": _PROBES, "refine_factor": _REFINE}
-    rows = store.find(
-        columns=[*records.HIT_COLUMNS, "_distance"],
-        nearest=nearest,
-        filter=records.condition(where),
-        prefilter=True,
+    found = store.find(
+        "_distance", records.HIT_COLUMNS, nearest=nearest, filter=condition, prefilter=True
     )
-    return [records.checked_hit(row, 1.0 - row["_distance"]) for row in rows]
+    return [records.checked_hit(row, 1.0 - distance) for row, distance in found]
 
 
 def by_words(store: Store, text: str, top_k: int, where: Mapping[str, Any] | None) -> list[Hit]:
@@ -76,14 +91,15 @@ def by_words(store: Store, text: str, top_k: int, where: Mapping[str, Any] | Non
 
     _check_top_k(top_k)
     records.encoded(text, "query")
-    rows = store.find(
-        columns=[*records.HIT_COLUMNS, "_score"],
+    found = store.find(
+        "_score",
+        records.HIT_COLUMNS,
         full_text_query=MatchQuery(text[:_MAX_QUERY_CHARACTERS], "text"),
         limit=top_k,
         filter=records.condition(where),
         prefilter=True,
     )
-    hits = [records.checked_hit(row, row["_score"]) for row in rows]
+    hits = [records.checked_hit(row, score) for row, score in found]
     return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
 
@@ -94,9 +110,14 @@ def rows_by_id(store: Store, ids: Sequence[str], columns: Sequence[str]) -> dict
         BankError: an id is not in the bank.
     """
     wanted = list(dict.fromkeys(ids))
+    for identifier in wanted:
+        records.check_id(identifier)
     found: dict[str, Any] = {}
     for first in range(0, len(wanted), 256):
-        where = records.one_of("id", wanted[first : first + 256])
+        found |= {row["id"]: row for row in store.seen(wanted[first : first + 256], columns)}
+    late = [identifier for identifier in wanted if identifier not in found]
+    for first in range(0, len(late), 256):
+        where = records.one_of("id", late[first : first + 256])
         for batch in store.scan(columns, where=where, rows_at_once=64):
             found |= {row["id"]: row for row in batch.to_pylist()}
     missing = next((identifier for identifier in wanted if identifier not in found), None)
@@ -107,16 +128,18 @@ def rows_by_id(store: Store, ids: Sequence[str], columns: Sequence[str]) -> dict
     return found
 
 
+def _addresses(store: Store, where: str) -> NDArray[np.uint64]:
+    """Lance's numbers of the rows where an expression holds."""
+    found = [np.zeros(0, np.uint64)]
+    for batch in store.scan([], where=where, rows_at_once=8192, with_row_id=True):
+        found.append(batch["_rowid"].to_numpy())
+    return np.concatenate(found)
+
+
 def unindexed_rows(store: Store) -> int:
     """Rows that the word index does not know yet and that are searched one by one."""
     with store.guarded("cannot be read"):
         return int(store.dataset.stats.index_stats("text_idx")["num_unindexed_rows"])
-
-
-def has_vector_index(store: Store) -> bool:
-    """Whether vectors are searched through an index."""
-    with store.guarded("cannot be read"):
-        return any(index.name == "vector_idx" for index in store.dataset.describe_indices())
 
 
 def keep_indexed(store: Store, *, index_rows: int, all_rows: bool = False) -> None:

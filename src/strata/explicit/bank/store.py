@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from strata.explicit.extras import require
 
 # A panic of Rust code arrives as a class of its own below BaseException.
 _PANIC = "PanicException"
+_MAX_SEEN = 2**16
 
 
 class Store:
@@ -37,9 +38,10 @@ class Store:
     dataset: Any
     seal: seals.Seal
     _indexes_checked: bool
+    _seen: _Addresses
 
     def __init__(self, folder: Path, *, version: int | None = None) -> None:
-        self.folder = folder
+        self.folder, self._seen = folder, _Addresses()
         self._open(version)
 
     @classmethod
@@ -47,7 +49,7 @@ class Store:
         """Make an empty dataset, set it up (indexes) and seal it."""
         lance = require("lance", extra="bank", purpose="a bank")
         store = cls.__new__(cls)
-        store.folder = folder
+        store.folder, store._seen = folder, _Addresses()
         with store.guarded("cannot be created"):
             empty = columns.empty_table()
             dataset = lance.write_dataset(
@@ -76,22 +78,66 @@ class Store:
             self._open(None)
 
     def scan(
-        self, columns: Sequence[str], *, where: str | None = None, rows_at_once: int = 1024
+        self,
+        columns: Sequence[str],
+        *,
+        where: str | None = None,
+        rows_at_once: int = 1024,
+        with_row_id: bool = False,
     ) -> Iterator[pa.RecordBatch]:
-        """All rows, or those where an expression holds, in bounded batches."""
+        """All rows, or those where an expression holds, in their order, in bounded batches."""
         with self.guarded("cannot be read"):
             yield from self.dataset.scanner(
-                columns=list(columns), filter=where, batch_size=rows_at_once, batch_readahead=2
+                columns=list(columns),
+                filter=where,
+                batch_size=rows_at_once,
+                batch_readahead=2,
+                with_row_id=with_row_id,
             ).to_batches()
 
-    def find(self, **query: Any) -> list[dict[str, Any]]:
-        """Rows of one search, as Lance's scanner takes it."""
+    def take(self, addresses: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows by their addresses (Lance's `_rowid` in this version), in the order given."""
+        return self._take(self.dataset, addresses, columns)
+
+    def find(
+        self, score: str, columns: Sequence[str], **query: Any
+    ) -> list[tuple[dict[str, Any], float]]:
+        """Rows of one search, as Lance's scanner takes it, and their scores.
+
+        The scanner is asked for addresses only: it takes several milliseconds to fetch columns of
+        a handful of rows, `take` one.
+        """
         if not self._indexes_checked:
             seals.check_indexes(self.folder, self.seal)
             self._indexes_checked = True
+        dataset = self.dataset  # this one throughout, whatever is committed meanwhile
         with self.guarded("cannot be searched"):
-            rows: list[dict[str, Any]] = self.dataset.scanner(**query).to_table().to_pylist()
-            return rows
+            table = dataset.scanner(columns=[score], with_row_id=True, **query).to_table()
+            addresses, scores = table["_rowid"].to_pylist(), table[score].to_pylist()
+        return list(zip(self._take(dataset, addresses, columns), scores, strict=True))
+
+    def seen(self, identifiers: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Those rows that were read before, in any order; `columns` holds "id".
+
+        What was found is loaded next, and looking five ids up in their index takes 2 to 6 ms.
+        """
+        dataset = self.dataset
+        addresses = self._seen.of(dataset)
+        known = [addresses[name] for name in identifiers if name in addresses]
+        return self._take(dataset, known, columns)
+
+    def _take(
+        self, dataset: Any, addresses: Sequence[int], columns: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        if not addresses:
+            return []
+        with self.guarded("cannot be read"):
+            table = dataset._take_rows(list(addresses), columns=list(columns))
+            rows: list[dict[str, Any]] = table.to_pylist()
+            if "id" in columns:
+                ids = [row["id"] for row in rows]
+                self._seen.add(dataset, zip(ids, addresses, strict=True))
+        return rows
 
     # Writing: the caller holds the lock.
 
@@ -241,3 +287,23 @@ class Store:
             for address in batch["_rowaddr"].to_pylist():
                 found[address >> 32].append(address & 0xFFFFFFFF)
         return found
+
+
+class _Addresses:
+    """Where rows of one dataset are, by id: the last ones that were read."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Any, dict[str, int]] = (None, {})  # replaced whole: threads share it
+
+    def of(self, dataset: Any) -> dict[str, int]:
+        """Those of this dataset."""
+        held, addresses = self._held
+        return addresses if held is dataset else {}
+
+    def add(self, dataset: Any, pairs: Iterable[tuple[str, int]]) -> None:
+        """Rows that were read."""
+        addresses = self.of(dataset)
+        if not addresses or len(addresses) > _MAX_SEEN:
+            addresses = {}
+            self._held = dataset, addresses
+        addresses.update(pairs)
