@@ -3,6 +3,7 @@
 Importing strata registers its models with transformers' Auto classes and does nothing else.
 """
 
+import importlib
 from typing import Any
 
 from strata.layers import (
@@ -19,11 +20,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PEER",
+    "Bank",
+    "Document",
+    "ExplicitMemoryConfig",
     "MemoryLayerConfig",
     "OptimConfig",
     "ProductKeyMemory",
     "RowOptimizer",
     "ValueTable",
+    "attach",
     "health",
     "install",
     "optimizers",
@@ -32,15 +37,21 @@ __all__ = [
     "track_usage",
 ]
 
-_FROM_TRAIN = ("OptimConfig", "RowOptimizer", "optimizers")
+_LATER = {
+    "OptimConfig": "strata.train.optim",
+    "RowOptimizer": "strata.train.optim",
+    "optimizers": "strata.train.optim",
+    "Bank": "strata.explicit.bank",
+    "Document": "strata.explicit.documents",
+    "ExplicitMemoryConfig": "strata.explicit.settings",
+    "attach": "strata.explicit.attach",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The training room's public names, imported when first asked for."""
-    if name in _FROM_TRAIN:
-        from strata.train import optim
-
-        return getattr(optim, name)
+    """Public names of the rooms for training and explicit memory, imported when asked for."""
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'strata' has no attribute {name!r}")
 
 

@@ -21,12 +21,10 @@ from torch import Tensor
 from strata.errors import BankError, ConfigError, ModelError
 from strata.explicit.hits import Hit
 from strata.explicit.key_scan import KeyScan
-from strata.explicit.memories import Memories
 from strata.explicit.retrieve import (
     MAX_QUERY_CHARS,
     MAX_QUERY_WORDS,
     HybridRetriever,
-    Library,
     QueryRetriever,
     TextRetriever,
     VectorRetriever,
@@ -433,31 +431,6 @@ def test_keys_that_do_not_fit() -> None:
     for count in (0, 1):  # nothing to centre on
         lone = BankInMemory(hits_of(["t"][:count]), keys_nsd=keys[:count])
         assert len(QueryRetriever(lone, maker).search(["q"], 3)[0]) == count
-
-
-# Retriever and cache as one
-
-
-def test_library_finds_and_loads(bank: BankInMemory, embedder: WordsEmbedder) -> None:
-    loads: list[tuple[str, ...]] = []
-
-    def load(wanted: Sequence[str]) -> Memories:
-        loads.append(tuple(wanted))
-        numbers = torch.tensor([float(id) for id in wanted])
-        keys = numbers[:, None, None, None].expand(-1, 1, 2, 4)
-        places = torch.zeros(len(wanted), 1, 2, dtype=torch.int16)
-        return Memories(keys, keys, places, torch.full((len(wanted),), 2))
-
-    library = Library(VectorRetriever(bank, embedder), load, cache_bytes=2**20)
-    found = library.find(["cats", "danube"], 2)
-    wanted = [hit.id for hits in found for hit in hits]
-    memories = library.load(wanted)
-    assert memories.keys_nstd[:, 0, 0, 0].tolist() == [float(id) for id in wanted]
-    library.load(wanted)
-    assert len(loads) == 1 and library.stats().hits == len(set(wanted)) and not library.runs_model
-    library.clear()
-    library.load(wanted)
-    assert len(loads) == 2
 
 
 def test_threads_search_alike(lance_bank: BankInLance) -> None:

@@ -49,8 +49,6 @@ from strata.explicit.bank import Bank
 from strata.explicit.cut import cut
 from strata.explicit.documents import Document
 from strata.explicit.embed import Embedder
-from strata.explicit.encode import Encoder
-from strata.explicit.fingerprint import fingerprint
 from strata.explicit.hits import Hit
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories
@@ -479,24 +477,14 @@ def _write(
     embedder: Embedder | None,
 ) -> Bank:
     """The references in one format."""
-    host = Host(model)
-    config = size.config(name, host)
-    encoder = Encoder(host, tokenizer, config)
     bank = Bank.create(
         path,
-        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        config=size.config(name, Host(model)),
         embedder=embedder,
-        shape=encoder.shape,
-        fingerprint=fingerprint(model, tokenizer, config, encoder.shape),
     )
-
-    def pieces(document: Any) -> Any:
-        return cut(document, tokenizer, config)
-
-    assert bank.codec is not None
-    if not bank.codec.trained:
-        bank.train(documents, cut=pieces, encoder=encoder, memories=len(documents), iterations=4)
-    bank.add(documents, cut=pieces, encoder=encoder, embedder=embedder)
+    bank.add(documents)
     return bank
 
 

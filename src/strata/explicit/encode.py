@@ -29,6 +29,16 @@ _BEGINNING = "<s>"
 _REQUEST = "\n\nRepeat the previous context:\n\n"
 
 
+def marker_ids(tokenizer: Any, marker: str) -> list[int]:
+    """The marker's tokens; a leading "<s>" is the tokenizer's own beginning of sequence."""
+    ids: list[int] = []
+    if marker.startswith(_BEGINNING):
+        marker = marker[len(_BEGINNING) :]
+        if getattr(tokenizer, "bos_token_id", None) is not None:
+            ids.append(int(tokenizer.bos_token_id))
+    return [*ids, *tokenizer.encode(marker, add_special_tokens=False)]
+
+
 class Encoder:
     """Turns texts into memories of one decoder.
 
@@ -61,7 +71,7 @@ class Encoder:
         self._tokens = Tokens(tokenizer)
         bos = getattr(tokenizer, "bos_token_id", None)
         self._beginning_ids: list[int] = [] if bos is None else [int(bos)]
-        self.marker_ids = self._marker_ids(config.marker)
+        self.marker_ids = marker_ids(tokenizer, config.marker)
         self._embedding: Any = host.model.get_input_embeddings()
         self._request_ids = self._tokens.ids([_REQUEST])[0] if self._selector.repeats else []
         longest = len(self.marker_ids) + config.reference_tokens
@@ -130,12 +140,6 @@ class Encoder:
         ids = [row[-self.config.reference_tokens :] for row in ids]
         with torch.no_grad(), _mode(self.host.model, evaluate=True):
             return _in_batches(ids, batch_size, self._mean_queries, torch.cat)
-
-    def _marker_ids(self, marker: str) -> list[int]:
-        if marker.startswith(_BEGINNING):
-            rest = marker.removeprefix(_BEGINNING)
-            return [*self._beginning_ids, *(self._tokens.ids([rest])[0] if rest else [])]
-        return self._tokens.ids([marker])[0] if marker else []
 
     def _ids(self, texts: Sequence[str] | Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         if isinstance(texts, str):

@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from strata.errors import ConfigError
-from strata.explicit.cache import CacheStats, Load, MemoryCache
 from strata.explicit.embed import Embedder
 from strata.explicit.hits import Hit
 from strata.explicit.key_scan import KeyScan
-from strata.explicit.memories import Memories
 
 MAX_QUERY_WORDS = 256
 MAX_QUERY_CHARS = 8_192
@@ -402,41 +400,6 @@ def make_retriever(
     if kind == "vector":
         return vector
     return HybridRetriever([vector, TextRetriever(bank, where=where)])
-
-
-class Library:
-    """A retriever with the memories that it finds: what a session reads from.
-
-    Args:
-        retriever: finds references.
-        load: ids to their memories, in order.
-        cache_bytes: of RAM for those used most recently.
-    """
-
-    def __init__(self, retriever: Retriever, load: Load, *, cache_bytes: int = 2**30) -> None:
-        self._retriever = retriever
-        self._cache = MemoryCache(load, capacity_bytes=cache_bytes)
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether `find` runs the model, so that it may not run beside it."""
-        return self._retriever.runs_model
-
-    def find(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
-        """At most `top_k` hits for each query, best first."""
-        return self._retriever.search(queries, top_k)
-
-    def load(self, ids: Sequence[str]) -> Memories:
-        """The memories of `ids`, in order, in tensors of their own."""
-        return self._cache.get(ids)
-
-    def stats(self) -> CacheStats:
-        """What the cache did."""
-        return self._cache.stats()
-
-    def clear(self) -> None:
-        """Forget the memories kept."""
-        self._cache.clear()
 
 
 def drop_equal_texts(hits: Iterable[Hit]) -> list[Hit]:

@@ -21,15 +21,8 @@ from strata.evals.questions import Question, contains_answer
 from strata.evals.recall import open_recall
 from strata.explicit.attach import attach
 from strata.explicit.bank import Bank
-from strata.explicit.cut import cut
-from strata.explicit.documents import read_documents
-from strata.explicit.embed import make_embedder
-from strata.explicit.encode import Encoder
 from strata.explicit.extras import MissingPackageError, require
-from strata.explicit.fingerprint import fingerprint
 from strata.explicit.hits import Hit
-from strata.explicit.host import Host
-from strata.explicit.settings import ExplicitMemoryConfig
 from strata.explicit.source import BankSource, open_retriever
 from strata.models import load
 
@@ -164,23 +157,11 @@ def write_articles(folder: Path) -> None:
 
 def make_bank(path: Path, articles: Path, model: Any, tokenizer: Any) -> Bank:
     """A bank of the articles for this model, with vectors; one that was begun is finished."""
-    config = ExplicitMemoryConfig()
-    encoder = Encoder(Host(model), tokenizer, config)
-    embedder = make_embedder("minilm")
-    mine = fingerprint(model, tokenizer, config, encoder.shape)
     if (path / "bank.json").exists():
-        bank = Bank.open(path)
-        bank.check(mine)
+        bank = Bank.open(path).use(model, tokenizer)
     else:
-        bank = Bank.create(
-            path, config=config, embedder=embedder, shape=encoder.shape, fingerprint=mine
-        )
-    bank.add(
-        read_documents([articles]),
-        cut=lambda document: cut(document, tokenizer, config),
-        encoder=encoder,
-        embedder=embedder,
-    )
+        bank = Bank.create(path, model=model, tokenizer=tokenizer, embedder="minilm")
+    bank.add(articles)
     return bank
 
 

@@ -17,16 +17,6 @@ from strata.explicit.host import Host
 from strata.explicit.memories import Memories, MemoryShape
 
 
-def marker_ids(tokenizer: Any, marker: str) -> list[int]:
-    """The marker's tokens; a leading "<s>" is the tokenizer's own beginning of sequence."""
-    ids: list[int] = []
-    if marker.startswith("<s>"):
-        marker = marker[len("<s>") :]
-        if tokenizer.bos_token_id is not None:
-            ids.append(int(tokenizer.bos_token_id))
-    return [*ids, *tokenizer.encode(marker, add_special_tokens=False)]
-
-
 @dataclass(frozen=True)
 class RowMemories:
     """Which memories the rows of a batch read.

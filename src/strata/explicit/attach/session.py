@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from strata.errors import BankError
 from strata.explicit.attach import presets
 from strata.explicit.attach.fetch import AttachError, Fetcher, Source, Statistics, Window
-from strata.explicit.attach.placing import Placer, marker_ids
+from strata.explicit.attach.placing import Placer
 from strata.explicit.attach.presets import Preset
 from strata.explicit.attach.reader import Reader
 from strata.explicit.attach.refresh import Refresher, Used
+from strata.explicit.bank import Bank
+from strata.explicit.encode import marker_ids
 from strata.explicit.host import Host
 from strata.explicit.settings import ExplicitMemoryConfig
+from strata.explicit.source import BankSource
 
 # A way to generate that memory cannot follow: the options that ask for it, and its name.
 _REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -215,7 +219,7 @@ def _mask_by_padding(ids_bt: Tensor, pad: int | None, eos: Any) -> Tensor | None
 @contextmanager
 def attach(
     model: PreTrainedModel,
-    source: Source,
+    source: Source | Bank,
     *,
     tokenizer: Any,
     config: ExplicitMemoryConfig | None = None,
@@ -237,7 +241,8 @@ def attach(
 
     Args:
         model: a transformers decoder with sdpa or eager attention.
-        source: finds and loads memories (see `Source`).
+        source: finds and loads memories (see `Source`); or this model's bank, searched in its
+            default way, to which memories that had to be encoded are added at the end.
         tokenizer: the model's; its `decode` makes queries of tokens.
         config: the settings that the memories were written with; None for those of
             `source.config` if it has one, else `preset.config(model)`.
@@ -262,26 +267,29 @@ def attach(
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     _check(model, top_k=top_k, chunk_tokens=chunk_tokens, prefetch_tokens=prefetch_tokens)
-    for name in ("find", "load"):
-        if not callable(getattr(source, name, None)):
-            raise AttachError(
-                f"a source of memories has find and load; {type(source).__name__} has no {name}"
-            )
-    host = Host(model)
-    if any(hasattr(attention, "_strata_attend") for attention in host.attentions):
-        raise AttachError("memory is attached to this model already; leave that block first")
-    _check_vocabulary(model, tokenizer)
-    config = config or getattr(source, "config", None) or preset.config(model)
-    shape = host.memory_shape(config)
-    marker = marker_ids(tokenizer, config.marker)
-    stats, used = Statistics(), list[Used]()
-
-    def decode(window: Window) -> str:
-        return str(tokenizer.decode(list(window), skip_special_tokens=True))
-
-    reader = Reader(preset)
-    fetcher = Fetcher(source, decode, shape, top_k=top_k, min_score=min_score, statistics=stats)
     with ExitStack() as stack:
+        if isinstance(source, Bank):
+            source = BankSource.of(source, model, tokenizer)
+            stack.callback(_save, source)
+        for name in ("find", "load"):
+            if not callable(getattr(source, name, None)):
+                raise AttachError(
+                    f"a source of memories has find and load; {type(source).__name__} has no {name}"
+                )
+        host = Host(model)
+        if any(hasattr(attention, "_strata_attend") for attention in host.attentions):
+            raise AttachError("memory is attached to this model already; leave that block first")
+        _check_vocabulary(model, tokenizer)
+        config = config or getattr(source, "config", None) or preset.config(model)
+        shape = host.memory_shape(config)
+        marker = marker_ids(tokenizer, config.marker)
+        stats, used = Statistics(), list[Used]()
+
+        def decode(window: Window) -> str:
+            return str(tokenizer.decode(list(window), skip_special_tokens=True))
+
+        reader = Reader(preset)
+        fetcher = Fetcher(source, decode, shape, top_k=top_k, min_score=min_score, statistics=stats)
         stack.callback(fetcher.close)
         placer = Placer(
             host,
@@ -314,6 +322,14 @@ def attach(
         finally:
             with session._one_at_a_time:  # a streamer's generate may still run
                 refresher.end()
+
+
+def _save(source: BankSource) -> None:
+    """Keep what was encoded; that another process writes is no reason to fail at the end."""
+    try:
+        source.save()
+    except BankError as error:
+        warnings.warn(f"memories made now were not stored: {error}", stacklevel=2)
 
 
 @contextmanager

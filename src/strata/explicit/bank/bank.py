@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from strata.errors import BankError, StorageError
 from strata.explicit.bank import portable, records, seals, search, settings, upkeep
 from strata.explicit.bank.add import (
@@ -26,6 +28,7 @@ from strata.explicit.bank.add import (
     sample_references,
 )
 from strata.explicit.bank.lock import writing
+from strata.explicit.bank.own import Own, as_documents
 from strata.explicit.bank.records import Record
 from strata.explicit.bank.settings import BankSettings, EmbedderSettings
 from strata.explicit.bank.store import Store
@@ -33,6 +36,7 @@ from strata.explicit.bank.upkeep import CompactReport
 from strata.explicit.bank.vectors import VectorTables, has_vector_index
 from strata.explicit.bank.verify import VerifyReport, verify
 from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
+from strata.explicit.embed import make_embedder
 from strata.explicit.fingerprint import Fingerprint, refuse_other
 from strata.explicit.hits import Hit
 from strata.explicit.memories import Memories, MemoryShape
@@ -113,14 +117,18 @@ class Bank:
         self._store = store
         self._vectors = VectorTables()
         self._checked = False
+        self._own: Own | None = None
+        self._embedder: EmbedderLike | None = None
 
     @classmethod
     def create(
         cls,
         path: str | Path,
         *,
-        config: ExplicitMemoryConfig,
-        embedder: EmbedderLike | EmbedderSettings | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: Any = None,
+        config: ExplicitMemoryConfig | None = None,
+        embedder: EmbedderLike | EmbedderSettings | str | None = None,
         shape: MemoryShape | None = None,
         fingerprint: Fingerprint | None = None,
     ) -> Bank:
@@ -128,21 +136,35 @@ class Bank:
 
         Args:
             path: a folder that does not exist or is empty.
-            config: how references are cut, encoded and stored.
-            embedder: whose vectors the bank holds; None for none, then it is searched by words.
-            shape, fingerprint: of the model, both or neither; without them the bank holds text
-                and vectors only, until `bind`.
+            model, tokenizer: whose bank it is; both, or neither for one that holds text and
+                vectors only, until `use` or `bind`.
+            config: how references are cut, encoded and stored; None for the paper's.
+            embedder: whose vectors the bank holds, itself or its name ("minilm"); None for none,
+                then it is searched by words.
+            shape, fingerprint: of a model that is not given itself, both or neither.
 
         Raises:
             BankError: there is something already, or the codec's name is unknown.
+            HostError: the model cannot have memory, or not as `config` asks.
+            ModelError: no embedder of that name.
         """
         path = Path(path)
+        config = config or ExplicitMemoryConfig()
+        own = None
+        if model is not None:
+            own = _own_of(model, tokenizer, config)
+            shape, fingerprint = own.encoder.shape, own.fingerprint
+        if isinstance(embedder, str):
+            embedder = make_embedder(embedder)
         given = BankSettings(config=config, embedder=_embedder_settings(embedder))
         codec = None
         if shape is not None or fingerprint is not None:
             given, codec = _with_model(given, shape, fingerprint)
         bank = cls._make(path, given, codec)
         bank._checked = fingerprint is not None
+        bank._own = own
+        if embedder is not None and not isinstance(embedder, EmbedderSettings):
+            bank._embedder = embedder
         return bank
 
     @classmethod
@@ -187,6 +209,20 @@ class Bank:
         path = Path(path)
         given = settings.read_settings(path)
         return cls(path, given, _open_codec(path, given), Store(path, version=version))
+
+    def use(self, model: PreTrainedModel, tokenizer: Any) -> Bank:
+        """Write with this model from now on, if it is the bank's; returns the bank.
+
+        Raises:
+            BankError: another model's bank; one sentence says what differs.
+        """
+        own = _own_of(model, tokenizer, self.settings.config)
+        if self.settings.fingerprint is None:
+            self.bind(own.encoder.shape, own.fingerprint)
+        else:
+            self.check(own.fingerprint)
+        self._own = own
+        return self
 
     @property
     def version(self) -> int:
@@ -277,9 +313,10 @@ class Bank:
 
     def add(
         self,
-        documents: Iterable[DocumentLike],
+        documents: str | Path | Iterable[str | Path | DocumentLike],
         *,
-        cut: Cut,
+        cold: bool = False,
+        cut: Cut | None = None,
         encoder: EncoderLike | None = None,
         embedder: EmbedderLike | None = None,
         batch_references: int = 1024,
@@ -293,10 +330,13 @@ class Bank:
         twice; removing that source removes it, and the next `add` puts it back.
 
         Args:
-            documents: each with text, source and metadata.
-            cut: a document to its references.
-            encoder: of the bank's model, after `check`; None leaves the new rows cold.
-            embedder: the one whose vectors the bank holds; None if it holds none.
+            documents: a file or folder, a list of them, or documents, each with text, source and
+                metadata.
+            cold: store text only; memories are encoded when they are first read.
+            cut, encoder, embedder: without `cut`, the bank's own: the model that it was created
+                with or that it is told to `use`, and its embedder by name; a codec that needs
+                training is trained on a sample first. With `cut` (a document to its references),
+                just what is given: no encoder leaves the new rows cold.
             batch_references: a commit comes with the first document's end after as many.
             batch_size: references embedded and encoded at a time.
             on_progress: called after each commit.
@@ -305,6 +345,9 @@ class Bank:
             BankError: another writer, another embedder or model, or a document that cannot be
                 stored; what was committed before stays.
         """
+        given = as_documents(documents)
+        if cut is None:
+            cut, encoder, embedder = self._ways(given, cold=cold)
         with self._writing():
             self._check_embedder(embedder)
             codec = None if encoder is None else self._codec_for(encoder)
@@ -323,7 +366,7 @@ class Bank:
                 batch_size=batch_size,
                 on_progress=on_progress,
             )
-            report = adder.run(documents)
+            report = adder.run(given)
             search.keep_indexed(self._store, index_rows=self.index_rows)
             return report
 
@@ -611,6 +654,28 @@ class Bank:
             self._store.roll_forward()
             yield
 
+    def _ways(
+        self, documents: Iterable[Any], *, cold: bool
+    ) -> tuple[Cut, EncoderLike | None, EmbedderLike | None]:
+        """Cut, encoder and embedder of the bank's own; its codec is trained if it has to be."""
+        if self._own is None:
+            raise BankError(
+                f"bank {self.path} has no model at hand to cut and encode with: call "
+                "use(model, tokenizer) first"
+            )
+        if self._embedder is None and self.settings.embedder is not None:
+            self._embedder = make_embedder(self.settings.embedder.name)
+        if cold:
+            return self._own.cut, None, self._embedder
+        if self.codec is not None and not self.codec.trained:
+            if isinstance(documents, Iterator):
+                raise BankError(
+                    f"codec {self.codec.name!r} is trained on a sample before documents are added, "
+                    "and an iterator gives them once: give a list, or paths"
+                )
+            self.train(documents, cut=self._own.cut, encoder=self._own.encoder)
+        return self._own.cut, self._own.encoder, self._embedder
+
     def _codec_for(self, encoder: EncoderLike | None) -> Codec:
         """The codec, where memories may be written."""
         if self.codec is None:
@@ -636,6 +701,12 @@ class Bank:
                 f"{wanted.width}), given {given.name!r} (width {given.width}): give the former, or "
                 "make a new bank"
             )
+
+
+def _own_of(model: PreTrainedModel, tokenizer: Any, config: ExplicitMemoryConfig) -> Own:
+    if tokenizer is None:
+        raise BankError("a model was given without its tokenizer: give both")
+    return Own.of(model, tokenizer, config)
 
 
 def _embedder_settings(given: EmbedderLike | EmbedderSettings | None) -> EmbedderSettings | None:
