@@ -206,6 +206,7 @@ def test_another_model_is_refused(run: Run, bank: Path, tiny_model: Path, tmp_pa
         (("ask", "{bank}", "why", "--model", "{model}", "--top-k", "0"), "--top-k 0: give 1"),
         (("ask", "{bank}", "why", "--model", "{model}", "--where", "x"), "is not key=value"),
         (("ask", "{bank}", "why", "--model", "{model}", "--by", "vector"), "embedder"),
+        (("bank", "search", "{bank}", "why", "--by", "queries"), "--by queries needs --model"),
         (("bank", "add", "{bank}", "{empty}", "--model", "{model}"), "nothing"),
         (("bank", "add", "{bank}", "{bank}/missing", "--model", "{model}"), "missing"),
         (("bank", "rm", "{bank}", "nowhere.txt"), "no source 'nowhere.txt'"),
@@ -268,6 +269,22 @@ def test_more_hits_than_there_are(run: Run, bank: Path, tiny_model: Path) -> Non
         "--max-new-tokens", "2",
     )  # fmt: skip
     assert code == 0 and "from 3 places" in err
+
+
+def test_the_models_own_queries_search(run: Run, bank: Path, tiny_model: Path) -> None:
+    code, out, err = run(
+        "bank", "search", bank, TOWNS["cairn.txt"], "--by", "queries", "--model", tiny_model,
+        "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    hits = json.loads(out)
+    assert {Path(hit["source"]).name for hit in hits} == set(TOWNS)
+    assert [hit["score"] for hit in hits] == sorted((h["score"] for h in hits), reverse=True)
+    code, _, err = run(
+        "ask", bank, "the mayor of Aral", "--model", tiny_model, "--by", "queries", "--top-k", "1",
+        "--max-new-tokens", "2",
+    )  # fmt: skip
+    assert code == 0 and "1 memories read" in err
 
 
 def test_models_without_a_place_for_memory(run: Run, tmp_path: Path, tiny_model: Path) -> None:

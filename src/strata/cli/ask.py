@@ -24,7 +24,9 @@ FormatOption = Annotated[
 ]
 TopK = Annotated[int, typer.Option(help="references (for each 64 tokens, but for text)")]
 NewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
-By = Annotated[str | None, typer.Option(help="search by vector, text or hybrid")]
+By = Annotated[
+    str | None, typer.Option(help="search by vector, text, hybrid or queries (the model's own)")
+]
 Where = Annotated[list[str] | None, typer.Option(help="key=value that metadata must have")]
 MinScore = Annotated[float | None, typer.Option(help="leave out references that score less")]
 PresetOption = Annotated[
@@ -171,7 +173,12 @@ def _open(
     if format == "none":
         return _Asker(options, None)
     kind: Any = by  # checked there
-    retriever = open_retriever(opened, kind, where=conditions(where), device=device)
+    encoder = None
+    if by == "queries":
+        encoder = opened.use(decoder, tokenizer).encoder
+    retriever = open_retriever(
+        opened, kind, where=conditions(where), device=device, encoder=encoder
+    )
     if format == "text":
         return _Asker(options, BankSource(opened, retriever))
     if format == "explicit":

@@ -198,7 +198,12 @@ def search(
     bank: Folder,
     query: str,
     top_k: Annotated[int, typer.Option(help="hits")] = 5,
-    by: Annotated[str | None, typer.Option(help="vector, text or hybrid")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="vector, text, hybrid, or queries (needs --model)")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="the bank's model, whose own queries are searched with")
+    ] = None,
     where: Annotated[
         list[str] | None, typer.Option(help="key=value that a hit's metadata must have")
     ] = None,
@@ -212,7 +217,16 @@ def search(
     if not query.strip():
         raise ConfigError("the query is empty: give some words")
     kind: Any = by  # checked there
-    retriever = open_retriever(Bank.open(bank), kind, where=conditions(where), device=device)
+    opened, encoder = Bank.open(bank), None
+    if by == "queries":
+        if model is None:
+            raise ConfigError("--by queries needs --model: the bank's own model makes the queries")
+        given = _open_model(model, opened.settings.config, device)
+        opened.check(given.fingerprint)
+        encoder = given.encoder
+    retriever = open_retriever(
+        opened, kind, where=conditions(where), device=device, encoder=encoder
+    )
     hits = retriever.search([query], top_k)[0]
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], default=dict))

@@ -19,7 +19,7 @@ from strata.explicit.fingerprint import fingerprint
 from strata.explicit.hits import Hit
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories
-from strata.explicit.retrieve import Retriever, Where, make_retriever
+from strata.explicit.retrieve import QueryRetriever, Retriever, Where, make_retriever
 
 if TYPE_CHECKING:
     from strata.explicit.bank import Bank
@@ -165,23 +165,32 @@ class BankSource:
 
 def open_retriever(
     bank: Bank,
-    by: Literal["vector", "text", "hybrid"] | None = None,
+    by: Literal["vector", "text", "hybrid", "queries"] | None = None,
     *,
     where: Where | None = None,
     device: str = "auto",
+    encoder: Encoder | None = None,
 ) -> Retriever:
     """A retriever over a bank, with the embedder that made its vectors, opened.
 
     Args:
         bank: to search.
-        by: None for hybrid, or text in a bank without vectors.
+        by: None for hybrid, or text in a bank without vectors; "queries" for the model's own
+            queries against the keys of its memories.
         where: metadata that a hit must have.
         device: of the embedder.
+        encoder: of the bank's own model, for "queries".
 
     Raises:
-        ConfigError: no such way to search, or one that needs vectors.
+        ConfigError: no such way to search, or one that needs vectors or the model.
         ModelError: the embedder cannot be opened.
     """
+    if by == "queries":
+        if encoder is None:
+            raise ConfigError("searching by 'queries' needs the bank's model, which makes them")
+        return QueryRetriever(BankKeys(bank), encoder, where=where)
+    if by not in (None, "vector", "text", "hybrid"):
+        raise ConfigError(f"no way to search {by!r}: give vector, text, hybrid or queries")
     by = by or ("text" if bank.embedder_name is None else "hybrid")
     embedder = None
     if by != "text" and bank.embedder_name is not None:

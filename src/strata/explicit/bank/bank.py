@@ -37,6 +37,7 @@ from strata.explicit.bank.vectors import VectorTables, has_vector_index
 from strata.explicit.bank.verify import VerifyReport, verify
 from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
 from strata.explicit.embed import make_embedder
+from strata.explicit.encode import Encoder
 from strata.explicit.fingerprint import Fingerprint, refuse_other
 from strata.explicit.hits import Hit
 from strata.explicit.memories import Memories, MemoryShape
@@ -223,6 +224,20 @@ class Bank:
             self.check(own.fingerprint)
         self._own = own
         return self
+
+    @property
+    def encoder(self) -> Encoder:
+        """Of the model that the bank was created with or told to `use`.
+
+        Raises:
+            BankError: there was none.
+        """
+        if self._own is None:
+            raise BankError(
+                f"bank {self.path} has no model at hand to cut and encode with: call "
+                "use(model, tokenizer) first"
+            )
+        return self._own.encoder
 
     @property
     def version(self) -> int:
@@ -658,23 +673,20 @@ class Bank:
         self, documents: Iterable[Any], *, cold: bool
     ) -> tuple[Cut, EncoderLike | None, EmbedderLike | None]:
         """Cut, encoder and embedder of the bank's own; its codec is trained if it has to be."""
-        if self._own is None:
-            raise BankError(
-                f"bank {self.path} has no model at hand to cut and encode with: call "
-                "use(model, tokenizer) first"
-            )
+        encoder, own = self.encoder, self._own
+        assert own is not None
         if self._embedder is None and self.settings.embedder is not None:
             self._embedder = make_embedder(self.settings.embedder.name)
         if cold:
-            return self._own.cut, None, self._embedder
+            return own.cut, None, self._embedder
         if self.codec is not None and not self.codec.trained:
             if isinstance(documents, Iterator):
                 raise BankError(
                     f"codec {self.codec.name!r} is trained on a sample before documents are added, "
                     "and an iterator gives them once: give a list, or paths"
                 )
-            self.train(documents, cut=self._own.cut, encoder=self._own.encoder)
-        return self._own.cut, self._own.encoder, self._embedder
+            self.train(documents, cut=own.cut, encoder=encoder)
+        return own.cut, encoder, self._embedder
 
     def _codec_for(self, encoder: EncoderLike | None) -> Codec:
         """The codec, where memories may be written."""
