@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 from strata.errors import ConfigError, DataError, StorageError
 
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from strata.evals.recall import OpenRecallResult, RecallResult
     from strata.evals.report import Measure
     from strata.evals.scoring import Progress
+
+
+class ModelOrVerb(TyperGroup):
+    """`strata eval MODEL ...` is `strata eval model MODEL ...`; only `memory` is another verb."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["model", *args]
+        return super().parse_args(ctx, args)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from strata.cli.ask import ask, chat
 from strata.cli.bank import VERBS as BANK_VERBS
 from strata.cli.bench import bench_decode, bench_memory, bench_ops, bench_train
 from strata.cli.data import prepare_data
-from strata.cli.eval import evaluate
+from strata.cli.eval import ModelOrVerb, evaluate
+from strata.cli.eval_memory import evaluate_memory
 from strata.cli.generate import generate
 from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
@@ -28,11 +29,15 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(generate)
-app.command("eval")(evaluate)
 app.command()(ask)
 app.command()(chat)
 app.command()(quantize)
 app.command()(quickstart)
+
+eval_app = typer.Typer(cls=ModelOrVerb)
+eval_app.command("model")(evaluate)
+eval_app.command("memory")(evaluate_memory)
+app.add_typer(eval_app, name="eval")
 
 bank_app = typer.Typer(help="Documents as memories of one model.", no_args_is_help=True)
 for name, verb in BANK_VERBS.items():

@@ -8,7 +8,8 @@ A question file is JSON lines, plain or gzip, one object a line, in one of two s
 `prompt` rows are taken verbatim: prompt and answer are the two halves of a training document.
 `question` rows are put through a template and their answers are set off by one space, as published
 question sets (Natural Questions, TriviaQA, EntityQuestions) are asked. `"answer": "..."` stands for
-a list of one; `id` defaults to the line number; other fields are ignored.
+a list of one; `id` defaults to the line number; `source` may name the document in a bank that holds
+the answer; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Question:
         prompt: the text the model is given.
         answers: accepted answers, bare, for comparison with generated text.
         completions: the same answers as they follow the prompt, leading space included.
+        source: the document that holds the answer, as a bank names it, where the row says.
     """
 
     id: str
     prompt: str
     answers: tuple[str, ...]
     completions: tuple[str, ...]
+    source: str | None = None
 
 
 def read_questions(path: str | Path, *, template: str = DEFAULT_TEMPLATE) -> list[Question]:
@@ -128,6 +131,7 @@ def _parse_row(line: bytes, *, template: str, where: str, number: int) -> Questi
     row = _parse_json(line, where=where)
     answers = _answers(row, where=where)
     identifier = str(row.get("id", number))
+    source = _text(row, "source", where=where) if "source" in row else None
     if "prompt" in row:
         prompt = _text(row, "prompt", where=where)
         return Question(
@@ -135,6 +139,7 @@ def _parse_row(line: bytes, *, template: str, where: str, number: int) -> Questi
             prompt=prompt,
             answers=tuple(answer.strip() for answer in answers),
             completions=answers,
+            source=source,
         )
     if "question" in row:
         # replace, not format: neither the template's other braces nor the question's are fields.
@@ -146,6 +151,7 @@ def _parse_row(line: bytes, *, template: str, where: str, number: int) -> Questi
             prompt=prompt,
             answers=stripped,
             completions=tuple(separator + answer for answer in stripped),
+            source=source,
         )
     raise DataError(f"{where}: no 'question' or 'prompt' field; found {_keys(row)}")
 

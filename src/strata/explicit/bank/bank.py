@@ -495,6 +495,30 @@ class Bank:
         rows = search.rows_by_id(self._store, ids, self._store.columns.names)
         return [records.checked_record(rows[identifier]) for identifier in ids]
 
+    def of_source(self, source: str) -> list[Hit]:
+        """References of one source, in the order of its text, with the score 0; none if unknown.
+
+        Raises:
+            BankError: a damaged record.
+        """
+        where = records.one_of("source_id", [records.source_digest(source)])
+        found = [
+            records.checked_hit(row, 0.0)
+            for batch in self._store.scan(records.HIT_COLUMNS, where=where)
+            for row in batch.to_pylist()
+        ]
+        return sorted(found, key=lambda hit: hit.start)
+
+    def sample_texts(self, count: int) -> list[str]:
+        """Texts of at most `count` references, evenly spaced through the bank."""
+        step = max(1, -(-len(self) // count))
+        texts, at = [], 0
+        for batch in self._store.scan(["text"], rows_at_once=8192):
+            column = batch["text"]
+            texts += [column[place].as_py() for place in range(-at % step, len(column), step)]
+            at += len(column)
+        return texts
+
     def blobs(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Codes of records, each checked; cold ones are left out.
 
