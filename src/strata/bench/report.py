@@ -119,6 +119,10 @@ def memory_table(results: Sequence[MemoryResult], *, device: torch.device) -> Gr
             f"{result.kib_per_reference:,.1f}",
         )
         spreads = [result.stages.get(stage) for stage in STAGES]
-        shown = ["" if s is None else f"{s.p50_ms:,.1f} / {s.p95_ms:,.1f}" for s in spreads]
+        shown = ["" if s is None else f"{_ms(s.p50_ms)} / {_ms(s.p95_ms)}" for s in spreads]
         stages.add_row(batch, result.format, *shown)
     return Group(answers, stages)
+
+
+def _ms(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
