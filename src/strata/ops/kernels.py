@@ -34,6 +34,7 @@ AVAILABLE = intrinsics is not None
 lowest_one: Any = getattr(intrinsics, "lowest_one", None)
 not_below_16: Any = getattr(intrinsics, "not_below_16", None)
 num_ones: Any = getattr(intrinsics, "num_ones", None)
+prefetch: Any = getattr(intrinsics, "prefetch", None)
 prefetch_row: Any = getattr(intrinsics, "prefetch_row", None)
 rank_16: Any = getattr(intrinsics, "rank_16", None)
 row_noise: Any = getattr(intrinsics, "row_noise", None)

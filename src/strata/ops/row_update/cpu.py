@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strata.ops.kernels import as_array, kernel, prefetch_row, row_noise, store, supported, widen
+from strata.ops.kernels import (
+    as_array,
+    kernel,
+    prefetch,
+    prefetch_row,
+    row_noise,
+    store,
+    supported,
+    widen,
+)
 from strata.ops.precision import accumulation_dtype
 from strata.ops.row_update import reference
 from strata.ops.row_update.reference import ALGORITHMS, TableGradients, UpdateRule
@@ -177,6 +186,8 @@ def _update(  # type: ignore[no-untyped-def]
         if u + _AHEAD < stop:
             ahead = rows[u + _AHEAD]
             prefetch_row(base, ahead, row_bytes)
+            if algorithm == _ADAGRAD:
+                prefetch(first_base + np.uint64(ahead) * np.uint64(first.itemsize))
             if algorithm == _ADAM:
                 prefetch_row(first_base, ahead, width * first.itemsize)
                 prefetch_row(second_base, ahead, width * second.itemsize)
