@@ -201,13 +201,16 @@ def test_a_first_call_without_data_leaves_nothing_behind(first_call: str) -> Non
     assert torch.equal(rows, full_table(query, keys, k)[1])
 
 
-# From 64 tokens on, fp32 scores are made in tiles of tokens by half-keys: sizes that fill tiles and
+# Many tokens at once are scored in fp32 tiles of tokens by half-keys: sizes that fill tiles and
 # sizes that do not, fewer half-keys than a tile is wide, and the most picks there can be.
 TILED = [(64, 2, 256, 96, 16), (67, 1, 50, 7, 5), (97, 3, 130, 33, 32), (200, 2, 9, 1, 9)]
 
 
 @pytest.mark.parametrize(("n", "h", "m", "d", "k"), TILED)
-def test_tiles_score_like_whole_products(n: int, h: int, m: int, d: int, k: int) -> None:
+def test_tiles_score_like_whole_products(
+    n: int, h: int, m: int, d: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_MIN_TOKENS", 64)
     query, keys = (x.detach() for x in draw(n, h, m, d, dtype=torch.float32))
     assert cpu.can_score(query, keys) and not cpu.can_score(query[:63], keys)
     threads = torch.get_num_threads()
@@ -230,7 +233,10 @@ def test_tiles_score_like_whole_products(n: int, h: int, m: int, d: int, k: int)
     assert all(len(set(head.tolist())) == k for head in rows.flatten(0, 1))
 
 
-def test_tokens_that_are_not_finite_harm_only_themselves_in_tiles() -> None:
+def test_tokens_that_are_not_finite_harm_only_themselves_in_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "_MIN_TOKENS", 64)
     query, keys = (x.detach() for x in draw(70, 2, 80, 6, dtype=torch.float32))
     expected = product_key_topk(query, keys, top_k=4)
     query[5], query[66, 1, 0, 2] = torch.nan, torch.inf

@@ -32,7 +32,7 @@ _HALVINGS = 12  # of the threshold's interval, at most
 _BLOCK = 16  # numbers compared at once
 _TOKENS_A_PART = 256  # summed up before they are added to the sums of others
 _TOKENS_A_TURN = 8 * TILE_ROWS  # scored before they are picked from
-_MIN_TOKENS = 64  # fewer do not pay for turning the half-keys round
+_MIN_TOKENS = 256  # fewer may not pay for turning the half-keys round
 
 
 def pick_rows(half_scores_nhsm: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
