@@ -201,6 +201,52 @@ def test_a_first_call_without_data_leaves_nothing_behind(first_call: str) -> Non
     assert torch.equal(rows, full_table(query, keys, k)[1])
 
 
+# Many tokens at once are scored in fp32 tiles of tokens by half-keys: sizes that fill tiles and
+# sizes that do not, fewer half-keys than a tile is wide, and the most picks there can be.
+TILED = [(64, 2, 256, 96, 16), (67, 1, 50, 7, 5), (97, 3, 130, 33, 32), (200, 2, 9, 1, 9)]
+
+
+@pytest.mark.parametrize(("n", "h", "m", "d", "k"), TILED)
+def test_tiles_score_like_whole_products(
+    n: int, h: int, m: int, d: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_MIN_TOKENS", 64)
+    query, keys = (x.detach() for x in draw(n, h, m, d, dtype=torch.float32))
+    assert cpu.can_score(query, keys) and not cpu.can_score(query[:63], keys)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for torch_threads in (1, 3, 3):
+            torch.set_num_threads(torch_threads)
+            results.append(product_key_topk(query, keys, top_k=k))
+    finally:
+        torch.set_num_threads(threads)
+    scores, rows = results[0]
+    for again in results[1:]:
+        assert torch.equal(again[0], scores) and torch.equal(again[1], rows)
+    # Sums of d products of deviation 1 in one chain; near-ties may come in another order.
+    expected, _ = full_table(query, keys, k)
+    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+    half_nhsm = reference.score_halves(query.double(), keys.double())
+    named = half_nhsm[:, :, 0].gather(-1, rows // m) + half_nhsm[:, :, 1].gather(-1, rows % m)
+    torch.testing.assert_close(scores.double(), named, atol=2e-5, rtol=1e-5)
+    assert all(len(set(head.tolist())) == k for head in rows.flatten(0, 1))
+
+
+def test_tokens_that_are_not_finite_harm_only_themselves_in_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "_MIN_TOKENS", 64)
+    query, keys = (x.detach() for x in draw(70, 2, 80, 6, dtype=torch.float32))
+    expected = product_key_topk(query, keys, top_k=4)
+    query[5], query[66, 1, 0, 2] = torch.nan, torch.inf
+    scores, rows = product_key_topk(query, keys, top_k=4)
+    others = [n for n in range(70) if n not in (5, 66)]
+    assert torch.equal(scores[others], expected[0][others])
+    assert torch.equal(rows[others], expected[1][others])
+    assert rows.min() >= 0 and rows.max() < 80 * 80
+
+
 DEVICES = [
     ("cpu", "_SCORE_BYTES"),
     pytest.param("cuda", "_DEVICE_SCORE_BYTES", marks=pytest.mark.gpu),

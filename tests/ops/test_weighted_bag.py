@@ -13,6 +13,7 @@ from torch import Tensor
 
 from strata.ops import UseQueue, reduce_uses, row_dots, weighted_bag
 from strata.ops.weighted_bag import cpu, reference
+from strata.ops.weighted_bag.queue import joined
 
 Op = Callable[..., Tensor]
 
@@ -325,6 +326,28 @@ def test_queue_keeps_copies() -> None:
     rows.zero_()
     weights.data.zero_()
     assert torch.equal(reduce_uses(queue.uses).grad_uv, before)
+
+
+@pytest.mark.parametrize("picks", [(3, 3, 3), (3, 2, 3)])
+def test_uses_of_later_steps_lie_together(picks: tuple[int, ...]) -> None:
+    """From the second step on they are joined without a copy, whatever has changed in between."""
+    queue = UseQueue()
+    for step, bags in enumerate([(4, 2), (4, 2), (1, 5, 3), (1, 5, 3), (2,)]):
+        expected = []
+        for n, p in zip(bags, picks, strict=False):
+            values, rows, weights = draw(weighted_bag, n, p, 6, 5, dtype=torch.float32)
+            weighted_bag(values, rows, weights, queue=queue).sum().backward()
+            expected.append((rows.clone(), weights.detach().clone()))
+            rows.zero_()
+        uses = queue.take()
+        for use, (rows, weights) in zip(uses, expected, strict=True):
+            assert torch.equal(use.rows_np, rows) and torch.equal(use.weights_np, weights)
+            assert use.grad_out_nv.shape == (len(rows), 5) and bool((use.grad_out_nv == 1).all())
+        if len(set(picks)) == 1:
+            whole = joined([use.grad_out_nv for use in uses])
+            assert torch.equal(whole, torch.cat([use.grad_out_nv for use in uses]))
+            together = whole.data_ptr() == uses[0].grad_out_nv.data_ptr()
+            assert together == (step in (1, 3, 4))
 
 
 def test_two_queues_in_one_graph() -> None:

@@ -31,12 +31,16 @@ except ImportError:  # no wheel of numba for this Python or processor
 _BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 AVAILABLE = intrinsics is not None
-above_16: Any = getattr(intrinsics, "above_16", None)
 lowest_one: Any = getattr(intrinsics, "lowest_one", None)
 not_below_16: Any = getattr(intrinsics, "not_below_16", None)
 num_ones: Any = getattr(intrinsics, "num_ones", None)
+prefetch: Any = getattr(intrinsics, "prefetch", None)
 prefetch_row: Any = getattr(intrinsics, "prefetch_row", None)
+rank_16: Any = getattr(intrinsics, "rank_16", None)
 row_noise: Any = getattr(intrinsics, "row_noise", None)
+TILE_ROWS: int = getattr(intrinsics, "TILE_ROWS", 1)
+TILE_WIDTH: int = getattr(intrinsics, "TILE_WIDTH", 1)
+tile_product: Any = getattr(intrinsics, "tile_product", None)
 store: Any = getattr(intrinsics, "store", None)
 widen: Any = getattr(intrinsics, "widen", None)
 

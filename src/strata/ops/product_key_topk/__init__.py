@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from strata.ops.dispatch import implementation, unwatched
 from strata.ops.precision import accumulation_dtype
+from strata.ops.product_key_topk import cpu
 from strata.ops.product_key_topk.reference import (
     num_staircase_pairs,
     pick_pairs,
@@ -77,6 +78,8 @@ def pick_rows(half_scores_nhsm: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _score_and_pick(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    if query.device.type == "cpu" and cpu.can_score(query, keys):
+        return cpu.score_and_pick(query, keys, top_k)
     n, h, _, _ = query.shape
     m = keys.shape[2]
     held_bytes = _SCORE_BYTES if query.device.type == "cpu" else _DEVICE_SCORE_BYTES

@@ -15,13 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strata.ops.kernels import as_array, kernel, prefetch_row, row_noise, store, supported, widen
+from strata.ops.kernels import (
+    as_array,
+    kernel,
+    prefetch,
+    prefetch_row,
+    row_noise,
+    store,
+    supported,
+    widen,
+)
 from strata.ops.precision import accumulation_dtype
 from strata.ops.row_update import reference
 from strata.ops.row_update.reference import ALGORITHMS, TableGradients, UpdateRule
 from strata.ops.threads import run_split
 from strata.ops.weighted_bag.cpu import ReverseIndex, add_run, reverse_index, sum_runs
-from strata.ops.weighted_bag.queue import Use
+from strata.ops.weighted_bag.queue import Use, joined
 
 _AHEAD = 4  # rows between asking for a row and changing it
 _ADAGRAD, _ADAM = ALGORITHMS.index("adagrad"), ALGORITHMS.index("adam")
@@ -39,12 +48,12 @@ class QueuedGradients:
 
     def __init__(self, uses: Sequence[Use]) -> None:
         wide = accumulation_dtype(uses[0].grad_out_nv)
-        rows_np = _joined([use.rows_np for use in uses])
-        weights_np = _joined([use.weights_np for use in uses]).to(wide)
+        rows_np = joined([use.rows_np for use in uses])
+        weights_np = joined([use.weights_np for use in uses]).to(wide)
         self.num_picks = max(1, rows_np.shape[1])
         self.index = reverse_index(rows_np)
         self.weights_q = as_array(weights_np).reshape(-1)
-        self.grad_out_nv = as_array(_joined([use.grad_out_nv for use in uses]).to(wide))
+        self.grad_out_nv = as_array(joined([use.grad_out_nv for use in uses]).to(wide))
         self.rows_u = torch.from_numpy(self.index.rows_u)
         self._squares: np.ndarray | None = None
 
@@ -131,11 +140,6 @@ def row_update(
         gradients.update(values_rv, state, rule)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """All parts in one tensor, contiguous; a single one is not copied."""
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))
-
-
 @kernel
 def _square(starts, order, num_picks, weights, grad_out, squares, start, stop):  # type: ignore[no-untyped-def]
     """Squared length of each row's gradient."""
@@ -182,6 +186,8 @@ def _update(  # type: ignore[no-untyped-def]
         if u + _AHEAD < stop:
             ahead = rows[u + _AHEAD]
             prefetch_row(base, ahead, row_bytes)
+            if algorithm == _ADAGRAD:
+                prefetch(first_base + np.uint64(ahead) * np.uint64(first.itemsize))
             if algorithm == _ADAM:
                 prefetch_row(first_base, ahead, width * first.itemsize)
                 prefetch_row(second_base, ahead, width * second.itemsize)

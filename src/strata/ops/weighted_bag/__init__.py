@@ -112,9 +112,7 @@ def _bag_backward(
     grad_out: Tensor, values: Tensor, rows: Tensor, weights: Tensor, queue: int
 ) -> Tensor:
     if queue != _NO_QUEUE:
-        wide = accumulation_dtype(values)
-        use = Use(rows.clone(), weights.to(wide, copy=True), grad_out.to(wide, copy=True))
-        queue_of(queue).uses.append(use)
+        queue_of(queue).put(rows, weights, grad_out, dtype=accumulation_dtype(values))
     return implementation("weighted_bag", values).bag_dots(values, rows, grad_out).to(weights.dtype)
 
 
@@ -123,9 +121,7 @@ def _dots_backward(
     grad_out: Tensor, values: Tensor, rows: Tensor, vectors: Tensor, queue: int
 ) -> Tensor:
     if queue != _NO_QUEUE:
-        wide = accumulation_dtype(values)
-        use = Use(rows.clone(), grad_out.to(wide, copy=True), vectors.to(wide, copy=True))
-        queue_of(queue).uses.append(use)
+        queue_of(queue).put(rows, grad_out, vectors, dtype=accumulation_dtype(values))
     return (
         implementation("weighted_bag", values).bag_forward(values, rows, grad_out).to(vectors.dtype)
     )

@@ -17,6 +17,7 @@ from strata.ops.kernels import (
     Kernel,
     as_array,
     kernel,
+    prefetch,
     prefetch_row,
     readable,
     supported,
@@ -28,6 +29,7 @@ from strata.ops.threads import even_bounds, run_split, weighed_bounds
 from strata.ops.weighted_bag import reference
 
 _AHEAD = 8  # picks between asking for a row and reading it
+_USES_AHEAD = 4  # uses of rows between asking for their gradients and adding them
 _LONG_RUN = 256  # uses of one row added up in one go
 
 
@@ -162,21 +164,33 @@ def _bag(values, rows, weights, out, start, stop):  # type: ignore[no-untyped-de
 
 @kernel
 def _dots(values, rows, vectors, out, start, stop):  # type: ignore[no-untyped-def]
-    """out[n, p] = values[rows[n, p]] . vectors[n]."""
+    """out[n, p] = values[rows[n, p]] . vectors[n], four rows at a time."""
     num_picks, width = rows.shape[1], values.shape[1]
     base, row_bytes = np.uint64(values.ctypes.data), width * values.itemsize
     flat, end = rows.reshape(-1), stop * num_picks
+    for pick in range(start * num_picks, min(start * num_picks + _AHEAD, end)):
+        prefetch_row(base, flat[pick], row_bytes)
     for n in range(start, stop):
-        vector = vectors[n]
-        for p in range(num_picks):
-            pick = n * num_picks + p
-            if pick + _AHEAD < end:
-                prefetch_row(base, flat[pick + _AHEAD], row_bytes)
-            row = values[np.uint64(flat[pick])]
-            total = out.dtype.type(0)
+        vector, to = vectors[n], out[n]
+        whole = num_picks // 4 * 4
+        for p in range(0, whole, 4):
+            first = n * num_picks + p
+            for pick in range(min(first + _AHEAD, end), min(first + _AHEAD + 4, end)):
+                prefetch_row(base, flat[pick], row_bytes)
+            a, b = values[np.uint64(flat[first])], values[np.uint64(flat[first + 1])]
+            c, d = values[np.uint64(flat[first + 2])], values[np.uint64(flat[first + 3])]
+            dot_a = dot_b = dot_c = dot_d = out.dtype.type(0)
             for j in range(width):
-                total += widen(row[j]) * vector[j]
-            out[n, p] = total
+                dot_a += widen(a[j]) * vector[j]
+                dot_b += widen(b[j]) * vector[j]
+                dot_c += widen(c[j]) * vector[j]
+                dot_d += widen(d[j]) * vector[j]
+            to[p], to[p + 1], to[p + 2], to[p + 3] = dot_a, dot_b, dot_c, dot_d
+        for p in range(whole, num_picks):
+            row, dot = values[np.uint64(rows[n, p])], out.dtype.type(0)
+            for j in range(width):
+                dot += widen(row[j]) * vector[j]
+            to[p] = dot
 
 
 @kernel
@@ -203,14 +217,21 @@ def add_run(begin, end, order, num_picks, weights, grad_out, part, total):  # ty
 
 @kernel
 def _add_picks(begin, end, order, num_picks, weights, grad_out, total):  # type: ignore[no-untyped-def]
-    weight, row = weights[order[begin]], grad_out[np.uint64(order[begin]) // np.uint64(num_picks)]
-    for j in range(len(total)):
-        total[j] = weight * row[j]
-    for place in range(begin + 1, end):
-        pick = order[place]
-        weight, row = weights[pick], grad_out[np.uint64(pick) // np.uint64(num_picks)]
-        for j in range(len(total)):
-            total[j] += weight * row[j]
+    """total = sum of the picks order[begin:end]; asks ahead for those of the rows that follow."""
+    row_bytes = grad_out.shape[1] * grad_out.itemsize
+    grad_base, weight_base = np.uint64(grad_out.ctypes.data), np.uint64(weights.ctypes.data)
+    for place in range(begin, end):
+        ahead = np.uint64(order[min(place + _USES_AHEAD, len(order) - 1)])
+        prefetch(weight_base + ahead * np.uint64(weights.itemsize))
+        prefetch_row(grad_base, ahead // np.uint64(num_picks), row_bytes)
+        pick = np.uint64(order[place])
+        weight, row = weights[pick], grad_out[pick // np.uint64(num_picks)]
+        if place == begin:
+            for j in range(len(total)):
+                total[j] = weight * row[j]
+        else:
+            for j in range(len(total)):
+                total[j] += weight * row[j]
 
 
 def _radix_sort(rows_q: np.ndarray, *, num_bits: int) -> tuple[np.ndarray, np.ndarray]:
