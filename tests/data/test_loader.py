@@ -219,3 +219,38 @@ def test_many_shards_stay_within_the_open_files(
     again = TokenDataset.open(dataset.folder)
     assert_equal(rows_of(loader(again), 10), whole)
     assert len(again._open) == 1
+
+
+@pytest.mark.parametrize(("packing", "document_mask"), ALL)
+def test_tokens_say_which_chunk_they_belong_to(
+    dataset: TokenDataset, packing: str, document_mask: bool
+) -> None:
+    """Numbers lead back to the very tokens of the document, in every epoch."""
+    step = 10
+    lengths = dataset.document_lengths()
+    first = np.cumsum(-(-lengths // step)) - -(-lengths // step)
+    options = dict(packing=packing, document_mask=document_mask, batch_size=3)
+    batches = loader(dataset, chunk_tokens=step, **options)
+    plain = loader(dataset, **options)
+    for _ in range(2 * batches.num_rows // 3):
+        batch, other = next(batches), next(plain)
+        chunks, documents = batch.pop("chunks"), batch.pop("documents")
+        assert_equal(batch, other)
+        for ids, in_chunk, in_document in zip(batch["input_ids"], chunks, documents, strict=True):
+            for document in set(in_document.tolist()) - {-1}:
+                here = in_document == document
+                tokens = dataset.document(document)
+                at = np.flatnonzero(here.numpy())
+                number = in_chunk[here].numpy() - first[document]
+                mine = ids[here].numpy()
+                if len(at) == at[-1] - at[0] + 1:  # a window may hold both ends of one document
+                    begin = _find(tokens, mine)
+                    fits = [
+                        start
+                        for start in range(begin, len(tokens) - len(mine) + 1)
+                        if np.array_equal(tokens[start : start + len(mine)], mine)
+                        and np.array_equal((start + np.arange(len(mine))) // step, number)
+                    ]
+                    assert fits
+            assert bool(((in_chunk < 0) == (in_document < 0)).all())
+            assert bool((ids[in_chunk < 0] == PAD).all())

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from strata.errors import ConfigError
+
 if TYPE_CHECKING:
     from strata.data.manifest import TokenManifest
+    from strata.data.references import ReferencesManifest
 
 
 def prepare_data(
@@ -80,6 +83,67 @@ def prepare_data(
         )
     if manifest.num_empty:
         print(f"left out {manifest.num_empty:,} records without text")
+
+
+def references(
+    tokens: Annotated[Path, typer.Argument(help="folder made by strata data prepare")],
+    bank: Annotated[Path, typer.Option(help="the bank to search")],
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    by: Annotated[str | None, typer.Option(help="search by vector, text or hybrid")] = None,
+    chunk_tokens: Annotated[int, typer.Option(help="tokens of a chunk")] = 64,
+    candidates: Annotated[int, typer.Option(help="hits looked at for each chunk")] = 8,
+    leak_threshold: Annotated[
+        float, typer.Option(help="drop references of which a greater share stands in the document")
+    ] = 0.9,
+    device: Annotated[str, typer.Option(help="of the embedder: auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Find the reference that each chunk of every document reads in training.
+
+    A reference that is nearly a copy of a part of the document is left out. Interrupted, the same
+    command goes on where it was.
+    """
+    from strata.config import validate
+    from strata.data.find_references import find_references
+    from strata.data.references import ReferencesConfig
+    from strata.explicit.bank import Bank
+    from strata.explicit.source import open_retriever
+
+    settings = {
+        "chunk_tokens": chunk_tokens,
+        "candidates": candidates,
+        "leak_threshold": leak_threshold,
+    }
+    config = validate(ReferencesConfig, settings, origin="strata data references")
+    if by not in (None, "vector", "text", "hybrid"):
+        raise ConfigError(f"--by is vector, text or hybrid, given {by!r}")
+    opened = Bank.open(bank)
+    by = by or ("text" if opened.embedder_name is None else "hybrid")
+    retriever = open_retriever(opened, by, device=device)  # type: ignore[arg-type]
+    try:
+        manifest = find_references(
+            tokens,
+            out=out,
+            find=retriever.search,
+            searched={"bank": opened.digest(), "by": by},
+            config=config,
+            progress=not as_json,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    counts = _found(manifest)
+    if as_json:
+        print(json.dumps({"out": str(out), **counts}))
+        return
+    print(
+        f"{counts['num_chunks']:,} chunks, {counts['num_found']:,} with a reference; "
+        f"{counts['num_leaks']:,} references left out of documents that they give away"
+    )
+
+
+def _found(manifest: ReferencesManifest) -> dict[str, int]:
+    return {name: manifest.count(name) for name in ("num_chunks", "num_found", "num_leaks")}
 
 
 def _summary(out: Path, manifest: TokenManifest, *, was_complete: bool) -> dict[str, object]:

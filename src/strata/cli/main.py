@@ -10,7 +10,7 @@ import typer
 from strata.cli.ask import ask, chat
 from strata.cli.bank import VERBS as BANK_VERBS
 from strata.cli.bench import bench_decode, bench_memory, bench_ops, bench_train
-from strata.cli.data import prepare_data
+from strata.cli.data import prepare_data, references
 from strata.cli.eval import ModelOrVerb, evaluate
 from strata.cli.eval_memory import evaluate_memory
 from strata.cli.generate import generate
@@ -46,6 +46,7 @@ app.add_typer(bank_app, name="bank")
 
 data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=True)
 data_app.command("prepare")(prepare_data)
+data_app.command("references")(references)
 app.add_typer(data_app, name="data")
 
 bench_app = typer.Typer(help="Speed, beside the rivals.", no_args_is_help=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,7 @@ class TokenDataset:
         if shard is None:
             entry = self._split.shards[number]
             shard = open_shard(self._shard_folder, entry, dtype=self.manifest.dtype)
+            shard = replace(shard, first_document=int(self._document_starts[number]))
             if len(self._open) >= _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open[number] = shard

@@ -29,6 +29,8 @@ class LoaderConfig(FrozenConfig):
         packing: `concat` cuts the stream of documents into windows; `document` packs whole
             documents, so that every sequence starts at a document border, and pads.
         document_mask: keep packed documents from attending to one another, by `position_ids`.
+        chunk_tokens: also say of each token which chunk of its document it belongs to; None does
+            not.
     """
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -36,6 +38,7 @@ class LoaderConfig(FrozenConfig):
     seed: int = 42
     packing: Literal["concat", "document"] = "concat"
     document_mask: bool = False
+    chunk_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class Loader:
@@ -48,7 +51,10 @@ class Loader:
       themselves); -100 where there is no loss: padding, prompts, and with `document_mask` the
       first token of each document, which nothing in its own document predicts;
     - `position_ids`, with `document_mask` only: counting from 0 anew in each document (and in
-      the padding).
+      the padding);
+    - `chunks` and `documents`, with `chunk_tokens` only, and not for a model: the number of each
+      token's chunk and document in the split, -1 in the padding. Chunks are counted document by
+      document, each from its first token on, as in `strata.data.references`.
 
     **Call the model with `use_cache=False` where batches have `position_ids`**:
     `model(**batch, use_cache=False)`. transformers 5 isolates the documents of a row only if it
@@ -93,6 +99,10 @@ class Loader:
         manifest = dataset.manifest
         padding = manifest.pad_id if manifest.pad_id is not None else manifest.eos_id
         self._pad_id = padding if padding is not None else 0
+        self._chunk_starts: np.ndarray | None = None
+        if config.chunk_tokens is not None:
+            counts = -(-dataset.document_lengths().astype(np.int64) // config.chunk_tokens)
+            self._chunk_starts = np.cumsum(counts) - counts
 
     @property
     def epoch(self) -> int:
@@ -110,7 +120,12 @@ class Loader:
     def __next__(self) -> dict[str, torch.Tensor]:
         size = self._config.batch_size
         shape = (size, self._config.sequence_tokens)
-        batch = _Batch(shape, pad_id=self._pad_id, document_mask=self._config.document_mask)
+        batch = _Batch(
+            shape,
+            pad_id=self._pad_id,
+            document_mask=self._config.document_mask,
+            chunks=self._chunk_starts is not None,
+        )
         self._advance(self._rank * size)
         for index in range(size):
             self._advance(0)
@@ -178,6 +193,10 @@ class Loader:
             batch.put(index, filled, tokens)
             if self._config.document_mask or self._dataset.has_prompts:
                 batch.mark_documents(index, filled, shard, start, stop)
+            if self._chunk_starts is not None and self._config.chunk_tokens is not None:
+                batch.mark_chunks(
+                    index, filled, shard, start, stop, self._chunk_starts, self._config.chunk_tokens
+                )
             filled += stop - start
         batch.pad(index, filled)
 
@@ -185,10 +204,13 @@ class Loader:
 class _Batch:
     """The arrays of a batch while they are filled."""
 
-    def __init__(self, shape: tuple[int, int], *, pad_id: int, document_mask: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, int], *, pad_id: int, document_mask: bool, chunks: bool
+    ) -> None:
         self._input_ids = np.full(shape, pad_id, np.int64)
         self._labels = np.full(shape, IGNORE, np.int64)
         self._positions = np.empty(shape, np.int64) if document_mask else None
+        self._chunks = np.full((2, *shape), -1, np.int64) if chunks else None
 
     def put(self, index: int, at: int, tokens: np.ndarray) -> None:
         """Put tokens into a row."""
@@ -211,6 +233,24 @@ class _Batch:
             self._positions[index, window] = offsets - np.repeat(borders[:-1], counts)
             labels[borders[:-1] - start] = IGNORE
 
+    def mark_chunks(
+        self,
+        index: int,
+        at: int,
+        shard: Shard,
+        start: int,
+        stop: int,
+        chunk_starts: np.ndarray,
+        chunk_tokens: int,
+    ) -> None:
+        """Number the chunks and documents that tokens belong to."""
+        assert self._chunks is not None
+        offsets = np.arange(start, stop)
+        local = np.searchsorted(shard.documents, offsets, side="right") - 1
+        document = local + shard.first_document
+        chunk = chunk_starts[document] + (offsets - shard.documents[local]) // chunk_tokens
+        self._chunks[:, index, at : at + stop - start] = chunk, document
+
     def pad(self, index: int, at: int) -> None:
         """Count positions in the padding behind the filled part of a row."""
         if self._positions is not None:
@@ -224,4 +264,6 @@ class _Batch:
         }
         if self._positions is not None:
             tensors["position_ids"] = torch.from_numpy(self._positions)
+        if self._chunks is not None:
+            tensors["chunks"], tensors["documents"] = torch.from_numpy(self._chunks)
         return tensors

@@ -168,7 +168,7 @@ def prepare(
         prepend_bos=bool(encoder.prefix),
         **config.model_dump(exclude={"memory_gb", "prepend_bos"}),
     )
-    with _storage_errors(out):
+    with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         if (out / MANIFEST_NAME).exists():
             manifest = read_manifest(out)
@@ -227,7 +227,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _storage_errors(out: Path) -> Iterator[None]:
+def storage_errors(out: Path) -> Iterator[None]:
     """Turn a full or unwritable disk into one line; readers turn their own errors before."""
     try:
         yield

@@ -127,12 +127,14 @@ class Shard:
         tokens: (num_tokens,) uint16 or uint32.
         documents: (num_documents,) int64, where each document starts.
         loss_from: (num_documents,) int32, leading tokens of each document without loss.
+        first_document: number of its first document in the split.
     """
 
     path: Path
     tokens: np.ndarray
     documents: np.ndarray
     loss_from: np.ndarray
+    first_document: int = 0
 
 
 def open_shard(folder: Path, entry: ShardEntry, *, dtype: str) -> Shard:
@@ -148,11 +150,11 @@ def open_shard(folder: Path, entry: ShardEntry, *, dtype: str) -> Shard:
         ("loss_from", entry.loss_from, np.dtype(np.int32), entry.num_documents),
     )
     paths = [folder / f"{entry.name}.{kind}.npy" for kind, *_ in wanted]
-    arrays = [
-        _map_array(path, file, dtype=kind_dtype, length=length)
+    tokens, documents, loss_from = (
+        map_array(path, file, dtype=kind_dtype, length=length)
         for path, (_, file, kind_dtype, length) in zip(paths, wanted, strict=True)
-    ]
-    return Shard(paths[0], *arrays)
+    )
+    return Shard(paths[0], tokens, documents, loss_from)
 
 
 def check_documents(shard: Shard) -> None:
@@ -192,7 +194,12 @@ def check_hashes(folder: Path, entry: ShardEntry) -> None:
             raise _damaged(path, "its sha256 is not the manifest's")
 
 
-def _map_array(path: Path, entry: FileEntry, *, dtype: np.dtype, length: int) -> np.ndarray:
+def map_array(path: Path, entry: FileEntry, *, dtype: np.dtype, length: int) -> np.ndarray:
+    """Map a one-dimensional .npy file after checking its size and header.
+
+    Raises:
+        DataError: it is missing, of another size than `entry` says, or not the array it should be.
+    """
     try:
         num_bytes = path.stat().st_size
     except OSError as error:

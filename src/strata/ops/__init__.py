@@ -5,6 +5,7 @@
     quantized_rows     rows as int8 or fp8 codes with a scale each, and bags over them
     rms_norm           half queries and half-keys, normalised
     row_cache          which rows of a table on disk are in memory, and who makes room
+    memory_attention   attention of a text over its context and what each chunk of it reads
     row_update         queued uses of a table -> one in-place update of the rows that were read
 
 This room imports nothing else of strata.

@@ -60,7 +60,7 @@ class Placer:
         self.reference_tokens = reference_tokens
         self.positions = positions
         self.marker_tokens = len(marker)
-        self._marker = _marker_states(host, marker) if marker else []
+        self._marker = marker_states(host, marker) if marker else []
         self._heads: dict[int, tuple[slice, list[int]]] = {}
         for layer in shape.layers:
             places = [n for n, (at, _) in enumerate(shape.heads) if at == layer]
@@ -154,10 +154,18 @@ def _like(heads: list[int], states: Tensor) -> Tensor:
     return torch.tensor(heads, device=states.device)
 
 
-def _marker_states(host: Host, marker: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Keys (before rotary) and values of the marker alone at every layer, fp32 (k, m, d)."""
+def marker_states(
+    host: Host, marker: Sequence[int], *, with_grad: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys (before rotary) and values of the marker alone at every layer, fp32 (k, m, d).
+
+    Args:
+        host: the decoder.
+        marker: token ids, at least one.
+        with_grad: keep the graph to the decoder's weights, and the decoder in its mode of training;
+            else it is read as in evaluation.
+    """
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    positions = torch.arange(len(marker), device=host.device)
 
     def keep(
         underneath: Any,
@@ -168,17 +176,22 @@ def _marker_states(host: Host, marker: Sequence[int]) -> list[tuple[Tensor, Tens
         *rest: Any,
         **kw: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        layer = int(module.layer_idx)
-        found[layer] = (host.unrotate(layer, key[0], positions), value[0].float())
+        found[int(module.layer_idx)] = (key[0], value[0])
         return underneath(module, query, key, value, *rest, **kw)
 
-    training = [module for module in host.model.modules() if module.training]
     ids = torch.tensor([list(marker)], device=host.device)
-    host.model.eval()
+    training = [] if with_grad else [m for m in host.model.modules() if m.training]
+    for module in training:
+        module.training = False
     try:
-        with torch.no_grad(), host.intercepted(keep):
+        with torch.set_grad_enabled(with_grad), host.intercepted(keep):
             host.model.get_decoder()(input_ids=ids, use_cache=False)
     finally:
         for module in training:
             module.training = True
-    return [found[layer] for layer in range(host.num_layers)]
+    # After the pass: a checkpointed layer is computed again without our work in it.
+    at = torch.arange(len(marker), device=host.device)
+    return [
+        (host.unrotate(layer, found[layer][0], at), found[layer][1].float())
+        for layer in range(host.num_layers)
+    ]

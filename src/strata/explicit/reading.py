@@ -1,0 +1,366 @@
+"""Reading in a training step: each chunk of a batch reads the references of its surroundings.
+
+    reading = Reading(model, tokenizer, config)
+    memories = encoder.encode(texts, with_grad=True)
+    with reading(memories, own_bc):
+        loss = model(**batch, use_cache=False).loss
+    loss.backward()
+
+What is computed is what `attach` computes for a prompt: one softmax over the marker, the memories
+and the causal context, memories at parallel positions before the text. Here the memories belong to
+chunks counted from a row's first column, gradients flow through all of it, and nothing is searched.
+
+Shapes: b rows, t tokens of a row, c chunks of a row, r references that a chunk reads, n memories,
+s memory heads of all layers, g memory heads of a layer, k KV heads, p tokens kept, m tokens of the
+marker, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from strata.explicit.attach.fetch import AttachError
+from strata.explicit.attach.placing import marker_states
+from strata.explicit.encode import marker_ids
+from strata.explicit.host import Host
+from strata.explicit.memories import Memories
+from strata.explicit.settings import ExplicitMemoryConfig
+from strata.ops.memory_attention import memory_attention
+
+_UNSUPPORTED = ("s_aux", "position_bias", "cache")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Which document tokens and chunks belong to, so that none reads what another asked for.
+
+    Attributes:
+        of_tokens_bt: a number for each document of a row.
+        of_chunks_bc: of the document that a chunk's own reference was found for.
+    """
+
+    of_tokens_bt: Tensor
+    of_chunks_bc: Tensor
+
+
+class Reading:
+    """Lets a decoder read, chunk by chunk, while a block lasts; afterwards it is as it was.
+
+    Chunk j of a row reads its own reference and those of the `reach - 1` chunks before it. Chunks
+    without any attend plainly, bit for bit where the decoder's attention is sdpa. Text counts its
+    positions from 0, in each document anew where it restarts; padding stands on the right.
+
+    The backward pass may run inside the block or after it, also with activation checkpointing (not
+    the reentrant kind). One object serves all steps of a run; it holds no weights.
+
+    Args:
+        model: a transformers decoder with sdpa or eager attention.
+        tokenizer: the model's.
+        config: the settings that the memories are encoded with.
+        chunk_tokens: tokens of a chunk.
+        reach: how many chunks' references a chunk reads, its own included.
+
+    Attributes:
+        host: the decoder.
+        shape: of the memories that are read.
+        marker_ids: tokens of the marker; may be none.
+
+    Raises:
+        AttachError: chunk_tokens or reach below 1.
+        HostError: the model cannot have memory, or not as the settings ask.
+
+    Source: "Memory3" (arXiv 2407.01178), section 3.5.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: ExplicitMemoryConfig,
+        *,
+        chunk_tokens: int = 64,
+        reach: int = 5,
+    ) -> None:
+        for name, given in (("chunk_tokens", chunk_tokens), ("reach", reach)):
+            if given < 1:
+                raise AttachError(f"{name} must be at least 1, given {given}")
+        self.host = Host(model)
+        self.shape = self.host.memory_shape(config)
+        self.marker_ids = marker_ids(tokenizer, config.marker)
+        self.chunk_tokens = chunk_tokens
+        self.reach = reach
+        self.reference_tokens = config.reference_tokens
+        self._read: _Read | None = None
+        self._again = False
+
+    @contextmanager
+    def __call__(
+        self, memories: Memories, own_bc: Tensor, *, documents: Documents | None = None
+    ) -> Iterator[None]:
+        """Read these memories meanwhile.
+
+        Args:
+            memories: n of them, on the decoder's device; with a graph where gradients are wanted.
+            own_bc: int64, which memory is a chunk's own; -1 where it has none.
+            documents: None where a row is one document, or documents may read each other's.
+
+        Raises:
+            AttachError: memories of another shape, no such memory, or, from the forward pass,
+                another number of rows or chunks, a cache that holds tokens, attention dropout.
+        """
+        if memories.keys_nstd.shape[1:] != (len(self.shape.heads), self.shape.tokens,
+                                            self.shape.head_dim):  # fmt: skip
+            raise AttachError(
+                f"memories are {tuple(memories.keys_nstd.shape[1:])}, this model reads "
+                f"({len(self.shape.heads)}, {self.shape.tokens}, {self.shape.head_dim}): encode "
+                "them with the same settings"
+            )
+        # The one look at numbers: without it a wrong index would end a process on a GPU.
+        if own_bc.numel() and not -1 <= int(own_bc.min()) <= int(own_bc.max()) < len(memories):
+            raise AttachError(
+                f"own_bc names memories {int(own_bc.min())} to {int(own_bc.max())}; there are "
+                f"{len(memories)}, and -1 stands for none"
+            )
+        read = self._prepare(memories, own_bc.to(self.host.device), documents)
+        with ExitStack() as stack:
+            for layer in self.host.model.modules():
+                func = getattr(layer, "_gradient_checkpointing_func", None)
+                if func is not None and getattr(layer, "gradient_checkpointing", False):
+                    stack.enter_context(self._checkpointed(layer, func, read))
+            stack.enter_context(self._reads(read, again=False))
+            yield
+
+    def _prepare(
+        self, memories: Memories, own_bc: Tensor, documents: Documents | None
+    ) -> _Read | None:
+        if not len(memories):
+            return None
+        marker = []
+        if self.marker_ids:
+            marker = marker_states(self.host, self.marker_ids, with_grad=torch.is_grad_enabled())
+        return _Read(self, memories, marker, own_bc, documents)
+
+    @contextmanager
+    def _reads(self, read: _Read | None, *, again: bool) -> Iterator[None]:
+        before = self._read, self._again
+        self._read, self._again = read, again
+        try:
+            with self.host.intercepted(self._attend):
+                yield
+        finally:
+            self._read, self._again = before
+
+    @contextmanager
+    def _checkpointed(
+        self, layer: nn.Module, func: Callable[..., Any], read: _Read | None
+    ) -> Iterator[None]:
+        """Let this layer read the same when the backward pass computes it again."""
+        if isinstance(func, partial) and func.keywords.get("use_reentrant", False):
+            raise AttachError(
+                "reentrant activation checkpointing loses the gradients of what layers read: "
+                "enable it with use_reentrant=False"
+            )
+
+        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def run(*inputs: Any, **named: Any) -> Any:
+                with self._reads(read, again=True):
+                    return function(*inputs, **named)
+
+            return func(run, *args, **kwargs)
+
+        layer._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            layer._gradient_checkpointing_func = func  # type: ignore[assignment]
+
+    def _attend(
+        self,
+        underneath: Callable[..., tuple[Tensor, Tensor | None]],
+        module: Any,
+        query_bhtd: Tensor,
+        key_bktd: Tensor,
+        value_bktd: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        read = self._read
+        # Within the backward pass only our own checkpoints read. Others, such as those of the
+        # references' encoding, compute again what was computed without memory.
+        if read is None or not (self._again or _forward()):
+            return underneath(module, query_bhtd, key_bktd, value_bktd, mask, **kwargs)
+        read.check(module, query_bhtd, key_bktd, kwargs)
+        layer = read.layer(int(module.layer_idx), query_bhtd, kwargs.get("position_ids"))
+        if layer is None:
+            return underneath(module, query_bhtd, key_bktd, value_bktd, mask, **kwargs)
+        out = memory_attention(
+            query_bhtd,
+            key_bktd,
+            value_bktd,
+            layer.keys_bckmd,
+            layer.values_bckmd,
+            held_bcknm=layer.held_bcknm,
+            chunk_tokens=self.chunk_tokens,
+            mask=mask,
+            scaling=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What the chunks read in one layer, as `memory_attention` takes it."""
+
+    keys_bckmd: Tensor
+    values_bckmd: Tensor
+    held_bcknm: Tensor
+
+
+class _Read:
+    """What the chunks of one batch read; each layer is put in place when it is reached."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        memories: Memories,
+        marker: list[tuple[Tensor, Tensor]],
+        own_bc: Tensor,
+        documents: Documents | None,
+    ) -> None:
+        self._reading = reading
+        self._host = reading.host
+        self._memories = memories
+        self._marker = marker
+        self._own_bc = own_bc
+        n = reading.chunk_tokens
+        index_bcr = _before(own_bc, reading.reach, fill=-1)
+        self._index_bcr = index_bcr.clamp(min=0)
+        held_bcnr = (index_bcr >= 0)[:, :, None]
+        if documents is not None:
+            asked_bcr = _before(documents.of_chunks_bc.to(own_bc.device), reading.reach, fill=-1)
+            asks_bt = documents.of_tokens_bt.to(own_bc.device)
+            asks_bt = F.pad(asks_bt, (0, own_bc.shape[1] * n - asks_bt.shape[1]), value=-1)
+            asks_bcn = asks_bt.unflatten(1, (-1, n))
+            held_bcnr = held_bcnr & (asks_bcn[..., None] == asked_bcr[:, :, None])
+        self._held_bcnr = held_bcnr
+        # One who reads nothing does not see the marker either.
+        self._any_bcn1 = held_bcnr.any(-1, keepdim=True)
+        self._heads = {
+            layer: (
+                [number for number, (at, _) in enumerate(reading.shape.heads) if at == layer],
+                [head for at, head in reading.shape.heads if at == layer],
+            )
+            for layer in reading.shape.layers
+        }
+
+    def check(self, module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+        """Refuse a call that these memories do not belong to, or that they cannot join."""
+        b, _, t, _ = query.shape
+        rows, chunks = self._own_bc.shape
+        if (b, -(-t // self._reading.chunk_tokens)) != (rows, chunks):
+            raise AttachError(
+                f"own_bc is for {rows} rows of {chunks} chunks of {self._reading.chunk_tokens} "
+                f"tokens, the model was given {b} rows of {t} tokens"
+            )
+        if key.shape[2] != t:
+            raise AttachError(
+                f"the model was given {t} tokens behind {key.shape[2] - t} in a cache: chunks are "
+                "counted from a row's first token, so give whole rows and use_cache=False"
+            )
+        if kwargs.get("dropout"):
+            raise AttachError(
+                f"attention dropout {kwargs['dropout']} cannot join with memory: set the model's "
+                "attention_dropout to 0"
+            )
+        for name in _UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise AttachError(
+                    f"{type(module).__name__} calls its attention with {name!r}, which memory "
+                    "cannot join; this decoder cannot read memories"
+                )
+
+    def layer(self, layer: int, query: Tensor, position_ids: Tensor | None) -> _Layer | None:
+        """What one layer reads; None for nothing."""
+        parts: list[_Layer] = []
+        if self._marker:
+            parts.append(self._place_marker(layer, query, position_ids))
+        if layer in self._heads:
+            parts.append(self._place_memories(layer))
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        marker, memories = parts
+        b, c = self._own_bc.shape
+        shape = [max(x, y) for x, y in zip(marker.held_bcknm.shape, memories.held_bcknm.shape,
+                                           strict=True)][:-1]  # fmt: skip
+        return _Layer(
+            torch.cat([marker.keys_bckmd.expand(b, c, -1, -1, -1), memories.keys_bckmd], 3),
+            torch.cat([marker.values_bckmd.expand(b, c, -1, -1, -1), memories.values_bckmd], 3),
+            torch.cat([part.held_bcknm.expand(*shape, -1) for part in parts], 4),
+        )
+
+    def _place_marker(self, layer: int, query: Tensor, position_ids: Tensor | None) -> _Layer:
+        key_kmd, value_kmd = self._marker[layer]
+        m = key_kmd.shape[1]
+        at_m = torch.arange(-m, 0, device=query.device) - self._reading.reference_tokens
+        key_kmd = self._host.rotate(layer, key_kmd, at_m)
+        held_bcknm = self._any_bcn1[:, :, None].expand(-1, -1, -1, -1, m)
+        window = self._host.window(layer)
+        if window is not None:
+            n, t = self._reading.chunk_tokens, query.shape[2]
+            if position_ids is None:
+                position_ids = torch.arange(t, device=query.device)[None]
+            position_ids = F.pad(position_ids, (0, self._own_bc.shape[1] * n - t))
+            away_bcnm = position_ids.unflatten(1, (-1, n))[..., None] - at_m
+            held_bcknm = held_bcknm & (away_bcnm < window)[:, :, None]
+        dtype = query.dtype
+        return _Layer(key_kmd.to(dtype)[None, None], value_kmd.to(dtype)[None, None], held_bcknm)
+
+    def _place_memories(self, layer: int) -> _Layer:
+        numbers, heads = self._heads[layer]
+        memories, part = self._memories, slice(numbers[0], numbers[-1] + 1)
+        p, k = memories.places_nst.shape[2], self._host.num_kv_heads
+        at_ngp = memories.places_nst[:, part].long() - self._reading.reference_tokens
+        keys_ngpd = self._host.rotate(layer, memories.keys_nstd[:, part], at_ngp)
+        held_np = torch.arange(p, device=at_ngp.device) < memories.kept_n[:, None]
+        held_bcrp = held_np[self._index_bcr]
+        held_bcnrp = self._held_bcnr[..., None] & held_bcrp[:, :, None]
+        held_bcknm = held_bcnrp.flatten(3)[:, :, None]
+        if len(heads) < k:
+            has_k = torch.zeros(k, dtype=torch.bool, device=at_ngp.device)
+            has_k[heads] = True
+            held_bcknm = held_bcknm & has_k[:, None, None]
+        return _Layer(
+            self._by_chunk(keys_ngpd.to(self._host.dtype), heads),
+            self._by_chunk(memories.values_nstd[:, part].to(self._host.dtype), heads),
+            held_bcknm,
+        )
+
+    def _by_chunk(self, states_ngpd: Tensor, heads: list[int]) -> Tensor:
+        """(n, g, p, d) of memories as (b, c, k, r * p, d) of chunks."""
+        k = self._host.num_kv_heads
+        if len(heads) < k:
+            wide = states_ngpd.new_zeros(len(states_ngpd), k, *states_ngpd.shape[2:])
+            states_ngpd = wide.index_copy(1, torch.tensor(heads, device=wide.device), states_ngpd)
+        b, c, r = self._index_bcr.shape
+        chosen = states_ngpd.index_select(0, self._index_bcr.flatten())
+        return chosen.view(b, c, r, *states_ngpd.shape[1:]).transpose(2, 3).flatten(3, 4)
+
+
+def _before(states_bc: Tensor, reach: int, *, fill: int) -> Tensor:
+    """(b, c, reach): of each chunk those of the chunks before it, its own last."""
+    return F.pad(states_bc, (reach - 1, 0), value=fill).unfold(1, reach, 1)
+
+
+def _forward() -> bool:
+    """Whether no backward pass is running, as torch's own checkpoints ask."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
