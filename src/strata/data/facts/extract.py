@@ -137,7 +137,6 @@ def _shortened(text: str) -> str:
 
 # Fields of an article, in order, and how they are called in it.
 _TOLD = {
-    "Background": "history",
     "Location": "location",
     "Area - comparative": "area",
     "Climate": "climate",
@@ -148,9 +147,7 @@ _TOLD = {
     "Government type": "government",
     "Independence": "independence",
     "National holiday": "national holiday",
-    "Agricultural products": "agricultural products",
     "Industries": "industries",
-    "Exports - partners": "exports go to",
     "Internet country code": "internet country code",
     "Civil aircraft registration country code prefix": "aircraft registration prefix",
 }

@@ -84,7 +84,7 @@ def load_facts() -> list[Fact]:
 
 
 def load_articles() -> dict[str, str]:
-    """By country, some 1,700 characters of the Factbook, in which its facts stand too."""
+    """By country, some 1,000 characters of the Factbook, in which its facts stand too."""
     text = resources.files(__package__).joinpath("articles.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return {row["country"]: row["text"] for row in rows}
