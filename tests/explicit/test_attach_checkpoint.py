@@ -14,7 +14,7 @@ from tiny_memories import TinyHit
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from strata.explicit.attach import attach
-from strata.explicit.attach.placing import marker_ids
+from strata.explicit.encode import marker_ids
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories
 from strata.explicit.settings import MARKER, ExplicitMemoryConfig
