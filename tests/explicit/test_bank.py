@@ -363,6 +363,18 @@ def test_an_index_finds_what_exact_search_finds(tmp_path: Path) -> None:
     )
 
 
+def test_what_was_added_is_indexed_but_for_a_few_rows(tmp_path: Path) -> None:
+    """Searches by words look at the others one by one, so they must stay few."""
+    bank = create(tmp_path / "bank")
+    add(bank, documents(160))
+    assert bank.stats().unindexed == len(bank) == 400
+    add(bank, documents(60, start=160))
+    assert len(bank) == 550 and bank.stats().unindexed == 0
+    add(bank, documents(2, start=220))
+    assert bank.stats().unindexed == 3
+    assert bank.search("stone 221", 1)[0].source == "stones/221.txt"
+
+
 def hits_of(bank: Bank, words: str, top_k: int = 8, **options: Any) -> list[tuple[str, float]]:
     query = TinyEmbedder().embed_documents([words])[0]
     return [(hit.text, round(hit.score, 4)) for hit in bank.search(query, top_k, **options)]

@@ -32,7 +32,9 @@ _INDEXES = (
     ("tags", "LABEL_LIST"),
     ("text", "INVERTED"),
 )
-_MAX_UNINDEXED_ROWS = 4096
+# Each costs a search by words some 16 microseconds: 4,272 of 17,085 rows made it 70 ms long.
+_MAX_UNINDEXED_ROWS = 512
+_MAX_UNINDEXED_SHARE = 1 / 256
 
 
 def set_up(dataset: Any) -> None:
@@ -146,7 +148,7 @@ def unindexed_rows(store: Store) -> int:
 
 
 def keep_indexed(store: Store, *, index_rows: int, all_rows: bool = False) -> None:
-    """Index what is new, once it is a quarter of all rows; build the vector index once it pays.
+    """Index what is new, but for a last few rows; build the vector index once it pays.
 
     Args:
         index_rows: from so many rows on vectors are searched through an index.
@@ -157,7 +159,8 @@ def keep_indexed(store: Store, *, index_rows: int, all_rows: bool = False) -> No
     late = unindexed_rows(store)
     if build:
         store.change(lambda dataset: _build_vector_index(dataset, rows), "index vectors")
-    if late > (0 if all_rows else max(_MAX_UNINDEXED_ROWS, rows // 4)):
+    few = 0 if all_rows else max(_MAX_UNINDEXED_ROWS, rows * _MAX_UNINDEXED_SHARE)
+    if late > few:
         store.change(lambda dataset: dataset.optimize.optimize_indices(), "index new rows")
 
 
