@@ -25,7 +25,7 @@ from strata.errors import ConfigError
 from strata.explicit.cache import CacheStats, Load, MemoryCache
 from strata.explicit.embed import Embedder
 from strata.explicit.hits import Hit, Ranking
-from strata.explicit.key_scan import KeyScan
+from strata.explicit.key_scan import Keys, KeyScan
 from strata.explicit.memories import Memories
 
 MAX_QUERY_WORDS = 256
@@ -33,6 +33,7 @@ MAX_QUERY_CHARS = 8_192
 MAX_KEY_BYTES = 2 * 2**30
 _MAX_DEPTH = 1_000  # hits asked of a bank while equal texts are dropped
 _FUSED_DEPTH = 50
+_MEAN_OF = 256  # references whose keys make a mean
 
 Where = Mapping[str, Any]
 Prepared = TypeVar("Prepared")
@@ -92,6 +93,14 @@ class QueryMaker(Protocol):
 
     def queries(self, texts: Sequence[str]) -> Tensor:
         """One query a memory head, before rotary positions: (n, s, d)."""
+        ...
+
+
+class KeyMaker(QueryMaker, Protocol):
+    """A model that says how it would keep a text: an `Encoder`."""
+
+    def keys(self, texts: Sequence[str]) -> Tensor:
+        """One key a memory head, as `KeyBank.mean_keys`: (n, s, d)."""
         ...
 
 
@@ -294,22 +303,26 @@ class QueryRetriever(BankRetriever[_Pointed]):
     def _prepare(self, queries: Sequence[str], depth: int) -> Sequence[_Pointed]:
         with self._lock:  # the model, too, answers one thread at a time
             scan = self._current_scan()
-            with torch.no_grad():
-                made = self._maker.queries(queries)
-        queries_nsd = made.detach().to("cpu", torch.float32).numpy()
+            queries_nsd = self._ask(queries, scan)
         found = scan.top(queries_nsd, depth)
         return [
             _Pointed(scan, query_sd, best, depth)
             for query_sd, best in zip(queries_nsd, found, strict=True)
         ]
 
+    def _ask(self, queries: Sequence[str], scan: KeyScan) -> NDArray[np.float32]:
+        """What is searched for: (n, s, d)."""
+        return _array(self._maker.queries(queries))
+
     def _current_scan(self) -> KeyScan:
         version = self._bank.version
         if self._scan is None or self._scan[0] != version:
             self._scan = None  # the old keys go before the new come
-            keys = self._bank.mean_keys(self._where)
-            self._scan = (version, KeyScan(keys, max_bytes=self._max_bytes))
+            self._scan = (version, self._new_scan(self._bank.mean_keys(self._where)))
         return self._scan[1]
+
+    def _new_scan(self, keys: Keys) -> KeyScan:
+        return KeyScan(keys, max_bytes=self._max_bytes)
 
     def _fetch(self, prepared: _Pointed, depth: int) -> list[Hit]:
         best = prepared.best[:depth]
@@ -319,6 +332,46 @@ class QueryRetriever(BankRetriever[_Pointed]):
             return []
         hits = self._bank.hits([prepared.scan.ids[place] for place, _ in best])
         return [replace(hit, score=score) for hit, (_, score) in zip(hits, best, strict=True)]
+
+
+class KeyRetriever(QueryRetriever):
+    """By the likeness of the model's own keys: those of the query as a memory, and stored ones.
+
+    As `QueryRetriever`, but a query is encoded as if it were a reference. Queries of a decoder ask
+    for what helps to predict the next token, which is seldom the topic; keys of two texts that
+    share words are alike. A short text's keys differ from a long one's by its length alone, so the
+    mean keys of references cut to about the query's length are taken off.
+    """
+
+    def __init__(self, bank: KeyBank, maker: KeyMaker, **options: Any) -> None:
+        super().__init__(bank, maker, **options)
+        self._key_maker = maker
+        self._means: dict[int, NDArray[np.float32]] = {}  # length in characters -> (s, d)
+
+    def _new_scan(self, keys: Keys) -> KeyScan:
+        self._means = {}
+        return KeyScan(keys, max_bytes=self._max_bytes, likeness=True)
+
+    def _ask(self, queries: Sequence[str], scan: KeyScan) -> NDArray[np.float32]:
+        made_nsd = _array(self._key_maker.keys(queries))
+        if not scan.ids:
+            return made_nsd
+        return made_nsd - np.stack([self._mean(len(query), scan) for query in queries])
+
+    def _mean(self, length: int, scan: KeyScan) -> NDArray[np.float32]:
+        """Of texts of about that length."""
+        near = round(2 ** (round(2 * np.log2(max(length, 4))) / 2))
+        if near not in self._means:
+            step = -(-len(scan.ids) // _MEAN_OF)
+            texts = [hit.text[:near].strip() for hit in self._bank.hits(scan.ids[::step])]
+            made_nsd = _array(self._key_maker.keys([text for text in texts if text]))
+            self._means[near] = made_nsd.mean(axis=0)
+        return self._means[near]
+
+
+def _array(states: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = states.detach().to("cpu", torch.float32).numpy()
+    return found
 
 
 class HybridRetriever:
