@@ -47,6 +47,7 @@ from strata.explicit.fingerprint import fingerprint
 from strata.explicit.host import Host
 from strata.explicit.retrieve import (
     HybridRetriever,
+    KeyRetriever,
     QueryRetriever,
     Retriever,
     TextRetriever,
@@ -265,12 +266,13 @@ class Bench:
         """By name; with `known`, queries are not embedded again."""
         vector = VectorRetriever(bank, known or self.embedder)
         words = TextRetriever(bank)
-        own = QueryRetriever(BankKeys(bank), known or self.encoder)
+        keys = BankKeys(bank)
         return {
             "BM25": words,
             self.options.embedder: vector,
             "hybrid": HybridRetriever([vector, words]),
-            "own queries": own,
+            "own queries": QueryRetriever(keys, known or self.encoder),
+            "own keys": KeyRetriever(keys, known or self.encoder),
         }
 
     # latency
@@ -289,6 +291,7 @@ class Bench:
             self.options.embedder: lambda q: known.embed(q),
             "hybrid": lambda q: known.embed(q),
             "own queries": lambda q: known.ask(q),
+            "own keys": lambda q: known.keep(q),
         }
         order = list(retrievers)
         shuffle = random.Random(0).shuffle
@@ -440,6 +443,7 @@ class Known:
         self._embedder, self._encoder = embedder, encoder
         self._vectors: dict[str, Any] = {}
         self._queries: dict[str, Any] = {}
+        self._keys: dict[str, Any] = {}
 
     def embed(self, text: str) -> None:
         """By the embedder."""
@@ -449,11 +453,20 @@ class Known:
         """By the model."""
         self._queries[text] = self._encoder.queries([text])[0]
 
+    def keep(self, text: str) -> None:
+        """By the model, as a memory."""
+        self._keys[text] = self._encoder.keys([text])[0]
+
     def embed_queries(self, texts: Sequence[str]) -> Any:
         return np.stack([self._vectors[text] for text in texts])
 
     def queries(self, texts: Sequence[str]) -> torch.Tensor:
         return torch.stack([self._queries[text] for text in texts])
+
+    def keys(self, texts: Sequence[str]) -> torch.Tensor:
+        if not set(texts) <= self._keys.keys():  # references, for their mean
+            return self._encoder.keys(texts)
+        return torch.stack([self._keys[text] for text in texts])
 
 
 class Dictated(LogitsProcessor):

@@ -15,6 +15,7 @@ from strata.errors import BankError
 from strata.explicit.bank import Bank, vectors
 from strata.explicit.bank.store import Store
 from strata.explicit.codec import make_codec
+from strata.explicit.retrieve import HybridRetriever, TextRetriever, VectorRetriever
 from strata.explicit.settings import ExplicitMemoryConfig
 from tiny_bank import (
     CONFIG,
@@ -362,6 +363,18 @@ def test_an_index_finds_what_exact_search_finds(tmp_path: Path) -> None:
     )
 
 
+def test_what_was_added_is_indexed_but_for_a_few_rows(tmp_path: Path) -> None:
+    """Searches by words look at the others one by one, so they must stay few."""
+    bank = create(tmp_path / "bank")
+    add(bank, documents(160))
+    assert bank.stats().unindexed == len(bank) == 400
+    add(bank, documents(60, start=160))
+    assert len(bank) == 550 and bank.stats().unindexed == 0
+    add(bank, documents(2, start=220))
+    assert bank.stats().unindexed == 3
+    assert bank.search("stone 221", 1)[0].source == "stones/221.txt"
+
+
 def hits_of(bank: Bank, words: str, top_k: int = 8, **options: Any) -> list[tuple[str, float]]:
     query = TinyEmbedder().embed_documents([words])[0]
     return [(hit.text, round(hit.score, 4)) for hit in bank.search(query, top_k, **options)]
@@ -415,6 +428,62 @@ def test_rows_seen_before_are_read_where_they_are_now(
         with pytest.raises(BankError, match="is not in version"):
             bank.blobs([*left, next(iter(gone))])
         assert len(all_ids(bank)) == 70
+
+
+class Embedder(TinyEmbedder):
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        return self.embed_documents(texts)
+
+
+class Searched:
+    """A bank that can only search."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.search, self.embedder_name = bank.search, bank.embedder_name
+
+
+def hybrid(bank: Any, **options: Any) -> HybridRetriever:
+    vector = VectorRetriever(bank, Embedder(), **options)
+    return HybridRetriever([vector, TextRetriever(bank, **options)], weights=[2, 1])
+
+
+def test_hybrid_reads_only_what_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And finds what it would find if it read all, conditions and thresholds included."""
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> str:  # of which no two have equal scores
+        return " ".join(f"w{n}" for n in np.minimum(rng.zipf(1.3, count), 300))
+
+    bank = create(tmp_path / "bank")
+    add(bank, [Doc(f"{words(9 + n)}.", f"d{n}", {"n": n % 5}) for n in range(60)])
+    taken: list[int] = []
+    take = Store.take
+    monkeypatch.setattr(
+        Store, "take", lambda self, d, rows, c: taken.append(len(rows)) or take(self, d, rows, c)
+    )
+    queries = [words(12), "", words(30), "nowherefound", words(6)]
+    for options in ({}, {"where": {"n": 2}}, {"min_score": 0.5}, {"where": {"n": 77}}):
+        taken.clear()
+        found = hybrid(bank, **options).search(queries, 5)
+        assert sum(taken) <= 4 * 7
+        want = hybrid(Searched(bank), **options).search(queries, 5)
+        assert sum(taken) > 4 * 20 or options.get("where")
+        for hits, wanted in zip(found, want, strict=True):
+            assert [hit.id for hit in hits] == [hit.id for hit in wanted]
+            assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in wanted])
+    assert [len(hits) for hits in hybrid(bank).search(queries, 5)] == [5, 0, 5, 5, 5]
+
+
+def test_hybrid_goes_deeper_where_equal_texts_fill_its_lists(tmp_path: Path) -> None:
+    bank = create(tmp_path / "bank")
+    same = [Doc(f"Moss and moss. Only {n} here.", f"d{n}") for n in range(60)]
+    add(bank, [*same, Doc("A moss of its own kind.", "late"), Doc("One moss more there.", "x")])
+    hits = hybrid(bank).search(["moss"], 3)[0]
+    assert sorted(hit.text for hit in hits) == [
+        "A moss of its own kind.",
+        "Moss and moss.",
+        "One moss more there.",
+    ]
 
 
 def test_rows_without_a_direction_are_never_found(tmp_path: Path) -> None:

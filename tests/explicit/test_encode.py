@@ -413,8 +413,11 @@ def test_queries_and_key_vectors(make_host: MakeHost, tokenizer: PreTrainedToken
             )  # fmt: skip
     by_ids = encoder.queries([_ids(tokenizer, text) for text in TEXTS])
     torch.testing.assert_close(by_ids, queries_nsd, atol=1e-5, rtol=1e-5)
-    long = encoder.queries(["So long " * 20 + TEXTS[6]])
-    torch.testing.assert_close(long[0], queries_nsd[6], atol=1e-5, rtol=1e-5)
+    long = ["So long " * 20 + TEXTS[6]]
+    torch.testing.assert_close(encoder.queries(long)[0], queries_nsd[6], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.keys(TEXTS, batch_size=3), keys_nsd, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.keys(long)[0], keys_nsd[6], atol=1e-5, rtol=1e-5)
+    assert not encoder.keys(TEXTS[:1]).requires_grad
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from strata.explicit.retrieve import (
     MAX_QUERY_CHARS,
     MAX_QUERY_WORDS,
     HybridRetriever,
+    KeyRetriever,
     QueryRetriever,
     TextRetriever,
     VectorRetriever,
@@ -368,6 +369,59 @@ def test_the_scan_is_exact() -> None:
             np.testing.assert_allclose([s for _, s in best], -np.sort(-row)[:k], atol=1e-5)
             np.testing.assert_allclose([row[p] for p, _ in best], [s for _, s in best], atol=1e-5)
             assert len({p for p, _ in best}) == min(k, 80)
+
+
+def test_a_scan_for_likeness_is_exact() -> None:
+    """Cosines of keys that vary as much along every direction, against float64; some heads poor."""
+    keys = random_keys(60) * np.array([9, 1, 1, 1, 1, 1, 1, 0.01], np.float32) + 5
+    keys[:, 1] = 3  # a head whose keys are all equal has no vote
+    keys[:, 2, 4:] = 0  # and one keeps to four directions of eight
+    batches = [([str(n) for n in range(s, s + 6)], keys[s : s + 6]) for s in range(0, 60, 6)]
+    scan = KeyScan(batches, max_bytes=2**30, likeness=True)
+    queries = random_keys(70)[60:] * 2
+    want = np.zeros((10, 60))
+    for head in range(3):
+        even = keys[:, head].astype(np.float64) - keys[:, head].mean(0, dtype=np.float64)
+        values, vectors = np.linalg.eigh(even.T @ even / 60)
+        values = np.maximum(values, 0) + 0.003 * values.mean()
+        if head == 1:
+            continue
+        turn = vectors / np.sqrt(values) @ vectors.T
+        stored, asked = even @ turn, queries[:, head] @ turn
+        stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+        asked /= np.linalg.norm(asked, axis=1, keepdims=True)
+        want += asked @ stored.T / 3
+    for row, best in zip(want, scan.top(queries, 60), strict=True):
+        np.testing.assert_allclose([row[p] for p, _ in best], [s for _, s in best], atol=1e-4)
+        assert [s for _, s in best] == sorted((s for _, s in best), reverse=True)
+
+
+class Keeper(Maker):
+    """Keys of texts: what the text is, and far more of how long it is."""
+
+    def __init__(self, keys: dict[str, np.ndarray]) -> None:
+        self._keys = keys
+
+    def keys(self, texts: Sequence[str]) -> Tensor:
+        rows = [self._keys[text[:2]] + 8 * np.log(len(text)) for text in texts]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def test_own_keys_find_what_is_alike_whatever_its_length() -> None:
+    names = [f"{n:02}" for n in range(40)]
+    texts = [name + "." * (90 + n % 7) for n, name in enumerate(names)]
+    keeper = Keeper(dict(zip(names, random_keys(40), strict=True)))
+    bank = BankInMemory(hits_of(texts), keys_nsd=keeper.keys(texts).numpy())
+    retriever = KeyRetriever(bank, keeper)
+    asked = [name + "?" * (28 + n % 3) for n, name in enumerate(names)]
+    found = retriever.search([*asked, " "], 3)
+    assert [hits[0].id for hits in found[:40]] == [str(n) for n in range(40)]
+    assert found[40] == [] and retriever.runs_model and bank.scans == 1
+    assert all(-1.001 <= hit.score <= 1.001 for hits in found for hit in hits)
+    wrong = QueryRetriever(bank, Maker({a: keeper.keys([a])[0] for a in asked})).search(asked, 1)
+    assert sum(hits[0].id == str(n) for n, hits in enumerate(wrong)) < 20
+    empty = KeyRetriever(BankInMemory([], keys_nsd=np.zeros((0, 3, 8), np.float32)), keeper)
+    assert empty.search(["00?"], 3) == [[]]
 
 
 def test_a_loud_head_does_not_drown_the_others() -> None:

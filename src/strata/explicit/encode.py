@@ -141,6 +141,28 @@ class Encoder:
         with torch.no_grad(), _mode(self.host.model, evaluate=True):
             return _in_batches(ids, batch_size, self._mean_queries, torch.cat)
 
+    def keys(
+        self, texts: Sequence[str] | Sequence[Sequence[int]], *, batch_size: int = 32
+    ) -> Tensor:
+        """The mean key of each memory head, were each text a reference: as `key_vectors`.
+
+        Args:
+            texts: ordinary text, or token ids; of longer ones the last `reference_tokens` tokens.
+            batch_size: texts read at once.
+
+        Returns:
+            (n, s, d), fp32, on the decoder's device, memory heads as in `shape`.
+
+        Raises:
+            DataError: no text, an empty one, or ids that the decoder does not have.
+        """
+        ids = self._ids(texts, self.config.reference_tokens)
+        ids = [row[-self.config.reference_tokens :] for row in ids]
+        with torch.no_grad(), _mode(self.host.model, evaluate=True):
+            read = partial(self._encode, with_grad=False)
+            memories: Memories = _in_batches(ids, batch_size, read, Memories.cat)
+        return key_vectors(memories)
+
     def _ids(self, texts: Sequence[str] | Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         if isinstance(texts, str):
             raise DataError("texts is one string: give a list of texts")

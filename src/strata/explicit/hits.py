@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,3 +27,18 @@ class Hit:
     start: int
     end: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a search found, best first, and not yet read.
+
+    Attributes:
+        version: of the bank that was searched; whatever the bank knows it by.
+        rows: numbers of references in that version.
+        scores: one a row.
+    """
+
+    version: Any
+    rows: Sequence[int]
+    scores: Sequence[float]

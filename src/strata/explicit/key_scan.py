@@ -6,6 +6,7 @@ Shapes: n queries, N memories, s memory heads, d head width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from strata.errors import ConfigError, ModelError
 
 _BLOCK_BYTES = 32 * 2**20
+_RIDGE = 0.003  # of the mean variance: directions that hardly any key varies along are noise
 
 Keys = Iterable[tuple[Sequence[str], NDArray[np.float32]]]
 
@@ -25,22 +27,29 @@ class KeyScan:
     over all memories, which ranks them as before, and scaled to a root mean square length of 1;
     queries are scaled to length 1. A score is the mean over the heads.
 
+    For likeness, of keys to keys, that is not enough: a few directions that all keys of a head vary
+    along (how frequent a token is, how long a text) would decide. Then each head's keys are also
+    turned so that they vary as much along every direction, and scaled to length 1 each, as is what
+    is searched for; a score is the mean over the heads of the cosine.
+
     Args:
         batches: ids with their keys, each the mean over the tokens that a head kept, before rotary
             positions: (b, s, d).
         max_bytes: of all keys, in fp32.
+        likeness: what is searched for are keys themselves, less their own mean, and no queries.
 
     Raises:
         ConfigError: the keys would take more.
     """
 
-    def __init__(self, batches: Keys, *, max_bytes: int) -> None:
+    def __init__(self, batches: Keys, *, max_bytes: int, likeness: bool = False) -> None:
         self.ids: list[str] = []
         self._shape: tuple[int, int] = (0, 0)
         self._blocks: list[NDArray[np.float32]] = []
+        self._turns_sdd: NDArray[np.float32] | None = None
         self._fill(batches, max_bytes)
         if self.ids:
-            self._even_out()
+            self._even_out(likeness)
 
     def top(self, queries_nsd: NDArray[np.float32], k: int) -> list[list[tuple[int, float]]]:
         """Places in `ids` of the k best memories of each query, best first, with their scores.
@@ -61,8 +70,9 @@ class KeyScan:
             )
         if not np.isfinite(queries_nsd).all():
             raise ModelError("the model's queries are not finite")
-        lengths = np.linalg.norm(queries_nsd, axis=2, keepdims=True)
-        unit = queries_nsd / np.where(lengths == 0, 1, lengths) / self._shape[0]
+        if self._turns_sdd is not None:
+            queries_nsd = _turned(queries_nsd, self._turns_sdd)
+        unit = _unit(queries_nsd) / self._shape[0]
         flat = np.ascontiguousarray(unit.reshape(len(unit), -1), dtype=np.float32)
         best_scores = np.zeros((len(flat), 0), np.float32)
         best_places = np.zeros((len(flat), 0), np.int64)
@@ -104,18 +114,48 @@ class KeyScan:
         if waiting:
             self._blocks.append(np.concatenate(waiting))
 
-    def _even_out(self) -> None:
+    def _even_out(self, likeness: bool) -> None:
         """Centre and scale every head, in place."""
         total = sum(block.sum(axis=0, dtype=np.float64) for block in self._blocks)
         mean = (total / len(self.ids)).astype(np.float32)
-        squares = np.zeros(self._shape[0])
         for block in self._blocks:
             block -= mean
+        if likeness:
+            self._turns_sdd = self._turns()
+            for block in self._blocks:
+                turned = _turned(block.reshape(-1, *self._shape), self._turns_sdd)
+                block[:] = _unit(turned).reshape(len(block), -1)
+            return
+        squares = np.zeros(self._shape[0])
+        for block in self._blocks:
             squares += np.square(block.reshape(-1, *self._shape), dtype=np.float64).sum((0, 2))
         lengths = np.sqrt(squares / len(self.ids))
         scale = np.repeat(1 / np.where(lengths == 0, 1, lengths), self._shape[1])
         for block in self._blocks:
             block *= scale.astype(np.float32)
+
+    def _turns(self) -> NDArray[np.float32]:
+        """The inverse root of each head's covariance, a little of its trace added: (s, d, d)."""
+        heads, width = self._shape
+        covariance_sdd: NDArray[np.floating[Any]] = np.zeros((heads, width, width))
+        for block in self._blocks:
+            by_head = block.reshape(-1, heads, width).transpose(1, 2, 0)
+            covariance_sdd += by_head @ by_head.transpose(0, 2, 1)
+        values_sd, vectors_sdd = np.linalg.eigh(covariance_sdd / len(self.ids))
+        values_sd = np.maximum(values_sd, 0) + _RIDGE * values_sd.mean(axis=1, keepdims=True)
+        scale_sd = 1 / np.sqrt(np.where(values_sd > 0, values_sd, 1))  # 0 where all keys are equal
+        turns_sdd = (vectors_sdd * scale_sd[:, None]) @ vectors_sdd.transpose(0, 2, 1)
+        return turns_sdd.astype(np.float32)
+
+
+def _turned(states_nsd: NDArray[np.float32], turns_sdd: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (states_nsd.transpose(1, 0, 2) @ turns_sdd).transpose(1, 0, 2)
+
+
+def _unit(states_nsd: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(states_nsd, axis=2, keepdims=True)
+    unit: NDArray[np.float32] = states_nsd / np.where(lengths == 0, 1, lengths)
+    return unit
 
 
 def too_many_keys(key_bytes: int, count: int, max_bytes: int) -> ConfigError:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from itertools import compress
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,17 +23,19 @@ from torch import Tensor
 
 from strata.errors import ConfigError
 from strata.explicit.embed import Embedder
-from strata.explicit.hits import Hit
-from strata.explicit.key_scan import KeyScan
+from strata.explicit.hits import Hit, Ranking
+from strata.explicit.key_scan import Keys, KeyScan
 
 MAX_QUERY_WORDS = 256
 MAX_QUERY_CHARS = 8_192
 MAX_KEY_BYTES = 2 * 2**30
 _MAX_DEPTH = 1_000  # hits asked of a bank while equal texts are dropped
 _FUSED_DEPTH = 50
+_MEAN_OF = 256  # references whose keys make a mean
 
 Where = Mapping[str, Any]
 Prepared = TypeVar("Prepared")
+Found = TypeVar("Found")
 
 
 class Searchable(Protocol):
@@ -47,6 +50,19 @@ class Searchable(Protocol):
         self, query: NDArray[np.float32] | str, top_k: int, where: Where | None
     ) -> list[Hit]:
         """References for a unit vector (the score is the cosine) or for words (BM25)."""
+        ...
+
+
+@runtime_checkable
+class Rankable(Protocol):
+    """A bank that can leave unread what it finds."""
+
+    def rank(self, query: NDArray[np.float32] | str, top_k: int, where: Where | None) -> Ranking:
+        """As `Searchable.search`, nothing read of the references found."""
+        ...
+
+    def read(self, ranking: Ranking) -> list[Hit]:
+        """The references of a ranking, in order."""
         ...
 
 
@@ -75,6 +91,14 @@ class QueryMaker(Protocol):
 
     def queries(self, texts: Sequence[str]) -> Tensor:
         """One query a memory head, before rotary positions: (n, s, d)."""
+        ...
+
+
+class KeyMaker(QueryMaker, Protocol):
+    """A model that says how it would keep a text: an `Encoder`."""
+
+    def keys(self, texts: Sequence[str]) -> Tensor:
+        """One key a memory head, as `KeyBank.mean_keys`: (n, s, d)."""
         ...
 
 
@@ -148,6 +172,23 @@ class BankRetriever(ABC, Generic[Prepared]):
     def _fetch(self, prepared: Prepared, depth: int) -> list[Hit]:
         """The best `depth` of the bank, best first."""
 
+    def rankings(self, bank: Rankable, queries: Sequence[str], depth: int) -> list[Ranking]:
+        """What each query finds in a bank that can rank, equal texts included."""
+        found = []
+        for prepared in self._prepare(queries, depth):
+            ranking = self._rank(bank, prepared, depth)
+            if self._min_score is not None:
+                good = [score >= self._min_score for score in ranking.scores]
+                rows = list(compress(ranking.rows, good))
+                scores = list(compress(ranking.scores, good))
+                ranking = Ranking(ranking.version, rows, scores)
+            found.append(ranking)
+        return found
+
+    def _rank(self, bank: Rankable, prepared: Prepared, depth: int) -> Ranking:
+        """As `_fetch`, nothing read."""
+        raise NotImplementedError
+
     def _pick(self, prepared: Prepared, top_k: int, depth: int) -> list[Hit]:
         """Fetch, deeper again where equal texts leave too few."""
         while True:
@@ -183,14 +224,17 @@ class VectorRetriever(BankRetriever[NDArray[np.float32]]):
                 f"this bank's vectors are by {bank.embedder_name!r}, the embedder given is "
                 f"{embedder.name!r}: search with the bank's own"
             )
-        self._bank = bank
+        self.bank = bank
         self._embedder = embedder
 
     def _prepare(self, queries: Sequence[str], depth: int) -> Sequence[NDArray[np.float32]]:
         return list(self._embedder.embed_queries(queries))
 
     def _fetch(self, prepared: NDArray[np.float32], depth: int) -> list[Hit]:
-        return self._bank.search(prepared, depth, self._where)
+        return self.bank.search(prepared, depth, self._where)
+
+    def _rank(self, bank: Rankable, prepared: NDArray[np.float32], depth: int) -> Ranking:
+        return bank.rank(prepared, depth, self._where)
 
 
 class TextRetriever(BankRetriever[str]):
@@ -206,13 +250,16 @@ class TextRetriever(BankRetriever[str]):
 
     def __init__(self, bank: Searchable, **options: Any) -> None:
         super().__init__(**options)
-        self._bank = bank
+        self.bank = bank
 
     def _prepare(self, queries: Sequence[str], depth: int) -> Sequence[str]:
         return [query_words(query) for query in queries]
 
     def _fetch(self, prepared: str, depth: int) -> list[Hit]:
-        return self._bank.search(prepared, depth, self._where) if prepared else []
+        return self.bank.search(prepared, depth, self._where) if prepared else []
+
+    def _rank(self, bank: Rankable, prepared: str, depth: int) -> Ranking:
+        return bank.rank(prepared, depth, self._where) if prepared else Ranking(None, (), ())
 
 
 class _Pointed(NamedTuple):
@@ -255,22 +302,26 @@ class QueryRetriever(BankRetriever[_Pointed]):
     def _prepare(self, queries: Sequence[str], depth: int) -> Sequence[_Pointed]:
         with self._lock:  # the model, too, answers one thread at a time
             scan = self._current_scan()
-            with torch.no_grad():
-                made = self._maker.queries(queries)
-        queries_nsd = made.detach().to("cpu", torch.float32).numpy()
+            queries_nsd = self._ask(queries, scan)
         found = scan.top(queries_nsd, depth)
         return [
             _Pointed(scan, query_sd, best, depth)
             for query_sd, best in zip(queries_nsd, found, strict=True)
         ]
 
+    def _ask(self, queries: Sequence[str], scan: KeyScan) -> NDArray[np.float32]:
+        """What is searched for: (n, s, d)."""
+        return _array(self._maker.queries(queries))
+
     def _current_scan(self) -> KeyScan:
         version = self._bank.version
         if self._scan is None or self._scan[0] != version:
             self._scan = None  # the old keys go before the new come
-            keys = self._bank.mean_keys(self._where)
-            self._scan = (version, KeyScan(keys, max_bytes=self._max_bytes))
+            self._scan = (version, self._new_scan(self._bank.mean_keys(self._where)))
         return self._scan[1]
+
+    def _new_scan(self, keys: Keys) -> KeyScan:
+        return KeyScan(keys, max_bytes=self._max_bytes)
 
     def _fetch(self, prepared: _Pointed, depth: int) -> list[Hit]:
         best = prepared.best[:depth]
@@ -280,6 +331,46 @@ class QueryRetriever(BankRetriever[_Pointed]):
             return []
         hits = self._bank.hits([prepared.scan.ids[place] for place, _ in best])
         return [replace(hit, score=score) for hit, (_, score) in zip(hits, best, strict=True)]
+
+
+class KeyRetriever(QueryRetriever):
+    """By the likeness of the model's own keys: those of the query as a memory, and stored ones.
+
+    As `QueryRetriever`, but a query is encoded as if it were a reference. Queries of a decoder ask
+    for what helps to predict the next token, which is seldom the topic; keys of two texts that
+    share words are alike. A short text's keys differ from a long one's by its length alone, so the
+    mean keys of references cut to about the query's length are taken off.
+    """
+
+    def __init__(self, bank: KeyBank, maker: KeyMaker, **options: Any) -> None:
+        super().__init__(bank, maker, **options)
+        self._key_maker = maker
+        self._means: dict[int, NDArray[np.float32]] = {}  # length in characters -> (s, d)
+
+    def _new_scan(self, keys: Keys) -> KeyScan:
+        self._means = {}
+        return KeyScan(keys, max_bytes=self._max_bytes, likeness=True)
+
+    def _ask(self, queries: Sequence[str], scan: KeyScan) -> NDArray[np.float32]:
+        made_nsd = _array(self._key_maker.keys(queries))
+        if not scan.ids:
+            return made_nsd
+        return made_nsd - np.stack([self._mean(len(query), scan) for query in queries])
+
+    def _mean(self, length: int, scan: KeyScan) -> NDArray[np.float32]:
+        """Of texts of about that length."""
+        near = round(2 ** (round(2 * np.log2(max(length, 4))) / 2))
+        if near not in self._means:
+            step = -(-len(scan.ids) // _MEAN_OF)
+            texts = [hit.text[:near].strip() for hit in self._bank.hits(scan.ids[::step])]
+            made_nsd = _array(self._key_maker.keys([text for text in texts if text]))
+            self._means[near] = made_nsd.mean(axis=0)
+        return self._means[near]
+
+
+def _array(states: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = states.detach().to("cpu", torch.float32).numpy()
+    return found
 
 
 class HybridRetriever:
@@ -331,44 +422,79 @@ class HybridRetriever:
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
         """At most `top_k` hits for each query, best first.
 
-        Each part is searched to four times that depth, and 50 at least, all of them at once.
+        Each part is searched to four times that depth, and 50 at least, all of them at once. Of
+        parts by vector and by words over one bank only the hits returned are read.
 
         Raises:
             ConfigError: `top_k` is below 1.
         """
         wanted, distinct = _distinct_queries(queries, top_k)
         depth = max(4 * top_k, _FUSED_DEPTH)
-        ranked = self._ranked(distinct, depth)
-        weights = [weight for _, weight in self._parts if weight]
         found: dict[str, list[Hit]] = {"": []}
-        for place, query in enumerate(distinct):
-            fused = self._fuse([hits[place] for hits in ranked], weights)
-            found[query] = fused[:top_k]
+        if (bank := self._common_bank()) is not None:
+            unread = self._side_by_side(lambda part: part.rankings(bank, distinct, depth))
+            for query, *rankings in zip(distinct, *unread, strict=True):
+                if len({id(ranking.version) for ranking in rankings if ranking.rows}) > 1:
+                    continue  # somebody wrote meanwhile
+                hits = self._read(bank, rankings, top_k)
+                # Else equal texts left too few, and there are more.
+                if len(hits) == top_k or all(len(ranking.rows) < depth for ranking in rankings):
+                    found[query] = hits
+        late = [query for query in distinct if query not in found]
+        if late:
+            ranked = self._side_by_side(lambda part: part.search(late, depth))
+            for query, *lists in zip(late, *ranked, strict=True):
+                found[query] = self._fuse(lists)[:top_k]
         return [list(found[query]) for query in wanted]
 
-    def _ranked(self, queries: Sequence[str], depth: int) -> list[list[list[Hit]]]:
-        """What each part finds, side by side: words are searched while a text is embedded.
+    def _common_bank(self) -> Rankable | None:
+        """The bank of all parts, where it can rank what it need not read."""
+        parts = [part for part, weight in self._parts if weight]
+        banks = [part.bank for part in parts if isinstance(part, VectorRetriever | TextRetriever)]
+        same = len(banks) == len(parts) and all(bank is banks[0] for bank in banks)
+        return banks[0] if same and isinstance(banks[0], Rankable) else None
+
+    def _read(self, bank: Rankable, rankings: Sequence[Ranking], top_k: int) -> list[Hit]:
+        """Fuse rows and read the best; reading all that the parts found takes 10 ms and more."""
+        scores: dict[int, float] = {}
+        for ranking, weight in zip(rankings, self._weights(), strict=True):
+            for rank, row in enumerate(ranking.rows, 1):
+                scores[row] = scores.get(row, 0.0) + weight / (self._k + rank)
+        order = sorted(scores, key=lambda row: (-scores[row], row))
+        version = next((ranking.version for ranking in rankings if ranking.rows), None)
+        hits: list[Hit] = []
+        step = top_k if self._keep_equal_texts else top_k + 2
+        while order and len(hits) < top_k:
+            best, order = order[:step], order[step:]
+            hits += bank.read(Ranking(version, best, [scores[row] for row in best]))
+            hits = hits if self._keep_equal_texts else drop_equal_texts(hits)
+        return hits[:top_k]
+
+    def _side_by_side(self, act: Callable[[Any], Found]) -> list[Found]:
+        """What each part gives, all at once: words are searched while a text is embedded.
 
         What runs the model, and the first part, run in the caller's thread.
         """
         parts = [part for part, weight in self._parts if weight]
-        found: dict[int, list[list[Hit]]] = {}
         coming = {
-            number: self._pool.submit(part.search, queries, depth)
+            number: self._pool.submit(act, part)
             for number, part in enumerate(parts)
             if number and not part.runs_model
         }
-        for number, part in enumerate(parts):
-            if number not in coming:
-                found[number] = part.search(queries, depth)
-        found |= {number: future.result() for number, future in coming.items()}
-        return [found[number] for number in range(len(parts))]
+        here = {number: act(part) for number, part in enumerate(parts) if number not in coming}
+        return [
+            here[number] if number in here else coming[number].result()
+            for number in range(len(parts))
+        ]
 
-    def _fuse(self, lists: Sequence[Sequence[Hit]], weights: Sequence[float]) -> list[Hit]:
+    def _weights(self) -> list[float]:
+        return [weight for _, weight in self._parts if weight]
+
+    def _fuse(self, lists: Sequence[Sequence[Hit]]) -> list[Hit]:
         # By text, where equal texts are one: parts may have kept different ones of two.
         scores: dict[str, float] = {}
         firsts: dict[str, Hit] = {}
-        for hits, weight in zip(lists, weights, strict=True):
+        for hits, weight in zip(lists, self._weights(), strict=True):
             for rank, hit in enumerate(hits, 1):
                 name = hit.id if self._keep_equal_texts else hit.text
                 firsts.setdefault(name, hit)

@@ -39,7 +39,7 @@ from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
 from strata.explicit.embed import make_embedder
 from strata.explicit.encode import Encoder
 from strata.explicit.fingerprint import Fingerprint, refuse_other
-from strata.explicit.hits import Hit
+from strata.explicit.hits import Hit, Ranking
 from strata.explicit.memories import Memories, MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
 
@@ -482,9 +482,31 @@ class Bank:
         Raises:
             BankError: a wrong query, or a damaged bank.
         """
+        found = self.read(self.rank(query, top_k, where, exact=exact))
+        if isinstance(query, str):  # equal scores are common: in an order of no place on the disk
+            found.sort(key=lambda hit: (-hit.score, hit.id))
+        return found
+
+    def rank(
+        self,
+        query: Any,
+        top_k: int = 5,
+        where: Mapping[str, Any] | None = None,
+        *,
+        exact: bool = False,
+    ) -> Ranking:
+        """As `search`, but nothing is read of what was found: `read` does, all or some."""
         if isinstance(query, str):
             return search.by_words(self._store, query, top_k, where)
         return search.by_vector(self._store, self._vectors, query, top_k, where, exact=exact)
+
+    def read(self, ranking: Ranking) -> list[Hit]:
+        """The references of a ranking, in order, each checked against its checksum.
+
+        Raises:
+            BankError: a record is damaged.
+        """
+        return search.hits(self._store, ranking)
 
     def take(self, ids: Sequence[str]) -> list[Record]:
         """Whole records, in the order of their ids, each checked.

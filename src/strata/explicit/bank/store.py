@@ -18,6 +18,7 @@ from strata.errors import BankError, StorageError, StrataError
 from strata.explicit.bank import seals
 from strata.explicit.bank.settings import DATASET
 from strata.explicit.extras import require
+from strata.explicit.hits import Ranking
 
 # A panic of Rust code arrives as a class of its own below BaseException.
 _PANIC = "PanicException"
@@ -95,40 +96,10 @@ class Store:
                 with_row_id=with_row_id,
             ).to_batches()
 
-    def take(self, addresses: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Rows by their addresses (Lance's `_rowid` in this version), in the order given."""
-        return self._take(self.dataset, addresses, columns)
-
-    def find(
-        self, score: str, columns: Sequence[str], **query: Any
-    ) -> list[tuple[dict[str, Any], float]]:
-        """Rows of one search, as Lance's scanner takes it, and their scores.
-
-        The scanner is asked for addresses only: it takes several milliseconds to fetch columns of
-        a handful of rows, `take` one.
-        """
-        if not self._indexes_checked:
-            seals.check_indexes(self.folder, self.seal)
-            self._indexes_checked = True
-        dataset = self.dataset  # this one throughout, whatever is committed meanwhile
-        with self.guarded("cannot be searched"):
-            table = dataset.scanner(columns=[score], with_row_id=True, **query).to_table()
-            addresses, scores = table["_rowid"].to_pylist(), table[score].to_pylist()
-        return list(zip(self._take(dataset, addresses, columns), scores, strict=True))
-
-    def seen(self, identifiers: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Those rows that were read before, in any order; `columns` holds "id".
-
-        What was found is loaded next, and looking five ids up in their index takes 2 to 6 ms.
-        """
-        dataset = self.dataset
-        addresses = self._seen.of(dataset)
-        known = [addresses[name] for name in identifiers if name in addresses]
-        return self._take(dataset, known, columns)
-
-    def _take(
+    def take(
         self, dataset: Any, addresses: Sequence[int], columns: Sequence[str]
     ) -> list[dict[str, Any]]:
+        """Rows by their addresses in a dataset (Lance's `_rowid`), in the order given."""
         if not addresses:
             return []
         with self.guarded("cannot be read"):
@@ -138,6 +109,30 @@ class Store:
                 ids = [row["id"] for row in rows]
                 self._seen.add(dataset, zip(ids, addresses, strict=True))
         return rows
+
+    def find(self, score: str, **query: Any) -> Ranking:
+        """Addresses of the rows of one search, as Lance's scanner takes it, and their scores.
+
+        They are not asked of the scanner with their columns: fetching these for a handful of rows
+        takes it several milliseconds, and `take` one.
+        """
+        if not self._indexes_checked:
+            seals.check_indexes(self.folder, self.seal)
+            self._indexes_checked = True
+        dataset = self.dataset  # this one throughout, whatever is committed meanwhile
+        with self.guarded("cannot be searched"):
+            table = dataset.scanner(columns=[score], with_row_id=True, **query).to_table()
+            return Ranking(dataset, table["_rowid"].to_pylist(), table[score].to_pylist())
+
+    def seen(self, identifiers: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Those rows that were read before, in any order; `columns` holds "id".
+
+        What was found is loaded next, and looking five ids up in their index takes 2 to 6 ms.
+        """
+        dataset = self.dataset
+        addresses = self._seen.of(dataset)
+        known = [addresses[name] for name in identifiers if name in addresses]
+        return self.take(dataset, known, columns)
 
     # Writing: the caller holds the lock.
 
