@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from strata.data.loader import Loader, TokenDataset
 from strata.data.manifest import read_manifest
 from strata.errors import CheckpointError, ConfigError, DataError
+from strata.train.continual import References
 from strata.train.recipe import Recipe
 
 Batch = dict[str, torch.Tensor]
@@ -27,14 +28,20 @@ class Feed:
     Attributes:
         tokenizer: the data's own, saved beside the finished model.
         validation: the batches of every validation, the same each time; empty if never validated.
+        references: what chunks read; None if nothing is read.
 
     Raises:
-        DataError: the data folder, its validation split or its tokenizer cannot be read.
+        DataError: the data folder, its references, its validation split or its tokenizer cannot be
+            read.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        config = recipe.data.loader_config(seed=recipe.seed)
+        self.references = (
+            None if recipe.reading is None else References(recipe.reading, recipe.data)
+        )
+        chunk_tokens = None if self.references is None else self.references.chunk_tokens
+        config = recipe.data.loader_config(seed=recipe.seed, chunk_tokens=chunk_tokens)
         self.tokenizer = _open_tokenizer(recipe.data.dir)
         self._loader = Loader(TokenDataset.open(recipe.data.dir, split="train"), config)
         self._batches = iter(self._loader)
@@ -42,11 +49,15 @@ class Feed:
         self.validation: list[Batch] = []
         if recipe.run.validate_every is not None:
             validation = Loader(TokenDataset.open(recipe.data.dir, split="val"), config)
-            self.validation = list(islice(iter(validation), recipe.run.validate_batches))
+            batches = islice(iter(validation), recipe.run.validate_batches)
+            self.validation = [self._with_references(batch, "val") for batch in batches]
 
     def next_batch(self) -> Batch:
         """The next micro-batch of the training split."""
-        return next(self._batches)
+        return self._with_references(next(self._batches), "train")
+
+    def _with_references(self, batch: Batch, split: str) -> Batch:
+        return batch if self.references is None else self.references.add_to(batch, split)
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Check that the model can read this data.
@@ -69,7 +80,10 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, JSON-able."""
-        return {"data_sha256": self._data_sha256, "loader": self._loader.state_dict()}
+        state = {"data_sha256": self._data_sha256, "loader": self._loader.state_dict()}
+        if self.references is not None:
+            state["references_sha256"] = self.references.sha256
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a place in the same data.
@@ -81,6 +95,12 @@ class Feed:
             raise CheckpointError(
                 f"{self._recipe.data.dir} holds other data than the run in {self._recipe.run_dir} "
                 "was started with: give back its data.dir, or start over with --fresh"
+            )
+        if self.references is not None and state["references_sha256"] != self.references.sha256:
+            raise CheckpointError(
+                f"{self.references.folder} holds other references than the run in "
+                f"{self._recipe.run_dir} was started with: give them back as reading.references, "
+                "or start over with --fresh"
             )
         self._loader.load_state_dict(state["loader"])
         self._batches = iter(self._loader)

@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from strata.device import pick_device
 from strata.errors import DivergenceError
 from strata.layers import health, track_usage
 from strata.models import build
+from strata.train.continual import ContinualReading
 from strata.train.feed import Batch, Feed
 from strata.train.labels import count_labels, head_reads_only, label_tokens
 from strata.train.metrics import (
@@ -110,6 +112,7 @@ class Training:
     model: PreTrainedModel
     forward: Callable[..., Any]  # the model, compiled or not
     optimizers: Optimizers
+    reading: ContinualReading | None = None  # of references, beside the text
     done: Progress = field(default_factory=Progress)
     step_rates: list[float] = field(default_factory=list)  # tokens/s of this process's steps
 
@@ -195,12 +198,26 @@ def start_or_resume(
         model=model,
         forward=torch.compile(model) if recipe.run.compile else model,
         optimizers=build_optimizers(model, recipe),
+        reading=start_reading(recipe, feed, model),
     )
     if checkpoint is not None:
         restore(checkpoint, model, training.optimizers, device=device)
         feed.load_state_dict(checkpoint.state["feed"])
         training.done = Progress(**checkpoint.state["progress"])
     return training
+
+
+def start_reading(recipe: Recipe, feed: Feed, model: PreTrainedModel) -> ContinualReading | None:
+    """What lets the model read references, if the recipe asks for it."""
+    if recipe.reading is None or feed.references is None:
+        return None
+    return ContinualReading(
+        model,
+        feed.tokenizer,
+        feed.references,
+        recipe.reading,
+        document_mask=recipe.data.document_mask,
+    )
 
 
 def take_step(training: Training) -> dict[str, Any]:
@@ -279,10 +296,11 @@ def summed_loss(training: Training, batch: Batch) -> Tensor:
     batch = dict(batch)
     positions, targets = label_tokens(batch.pop("labels"))
     device, low_precision = training.device, training.recipe.run.precision == "bf16"
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     positions = positions.to(device, non_blocking=True)
     targets = targets.to(device, non_blocking=True)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision):
+    reading = nullcontext() if training.reading is None else training.reading(batch)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision), reading:
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         if training.recipe.run.compile:  # shapes that stay the same compile once
             logits_nv = training.forward(**batch, use_cache=False).logits.flatten(0, 1)[positions]
         else:

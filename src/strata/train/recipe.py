@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from strata.config import FrozenConfig
 from strata.data.loader import LoaderConfig
 from strata.errors import ConfigError
+from strata.explicit.settings import ExplicitMemoryConfig
 from strata.layers import MemoryLayerConfig
 from strata.models import ModelConfig
 from strata.train.optim import OptimConfig
@@ -25,6 +26,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {
         "name",
         "data.dir",
+        "reading.references",
         "run.dir",
         "run.device",
         "run.threads",
@@ -59,15 +61,34 @@ class DataConfig(FrozenConfig):
     packing: Literal["concat", "document"] = "concat"
     document_mask: bool = False
 
-    def loader_config(self, *, seed: int) -> LoaderConfig:
-        """The loader's own configuration."""
+    def loader_config(self, *, seed: int, chunk_tokens: int | None = None) -> LoaderConfig:
+        """The loader's own configuration; with `chunk_tokens` its batches name chunks."""
         return LoaderConfig(
             batch_size=self.batch_size,
             sequence_tokens=self.sequence_tokens,
             seed=seed,
             packing=self.packing,
             document_mask=self.document_mask,
+            chunk_tokens=chunk_tokens,
         )
+
+
+class ReadingConfig(FrozenConfig):
+    """Continual training: the decoder reads references while it is trained.
+
+    Attributes:
+        references: a folder written by `strata data references` for this data.
+        memory: what a reference becomes; the settings to write the model's banks with.
+        reach: how many chunks' references a chunk reads, its own included.
+        encode_batch: references encoded at once.
+
+    Source: "Memory3" (arXiv 2407.01178), section 3.5.
+    """
+
+    references: Path
+    memory: ExplicitMemoryConfig = Field(default_factory=ExplicitMemoryConfig)
+    reach: int = Field(default=5, ge=1, le=1024)
+    encode_batch: PositiveInt = 32
 
 
 class RunConfig(FrozenConfig):
@@ -120,6 +141,8 @@ class Recipe(FrozenConfig):
         model: the decoder, from scratch or pretrained.
         memory: the memory layers to install; None trains the dense model.
         data: what is read.
+        reading: references to read beside it; None reads none. Meant for a decoder that is trained
+            already (`model.path`): one from scratch learns to ignore them.
         optim: rates and rules of the two optimizers.
         schedule: how both rates move.
         run: length, place, precision and output.
@@ -130,6 +153,7 @@ class Recipe(FrozenConfig):
     model: ModelConfig
     memory: MemoryLayerConfig | None = None
     data: DataConfig
+    reading: ReadingConfig | None = None
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     run: RunConfig
