@@ -6,7 +6,6 @@ Shapes: n queries, N memories, s memory heads, d head width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +136,7 @@ class KeyScan:
     def _turns(self) -> NDArray[np.float32]:
         """The inverse root of each head's covariance, a little of its trace added: (s, d, d)."""
         heads, width = self._shape
-        covariance_sdd: NDArray[np.floating[Any]] = np.zeros((heads, width, width))
+        covariance_sdd = np.zeros((heads, width, width))
         for block in self._blocks:
             by_head = block.reshape(-1, heads, width).transpose(1, 2, 0)
             covariance_sdd += by_head @ by_head.transpose(0, 2, 1)
@@ -154,8 +153,7 @@ def _turned(states_nsd: NDArray[np.float32], turns_sdd: NDArray[np.float32]) -> 
 
 def _unit(states_nsd: NDArray[np.float32]) -> NDArray[np.float32]:
     lengths = np.linalg.norm(states_nsd, axis=2, keepdims=True)
-    unit: NDArray[np.float32] = states_nsd / np.where(lengths == 0, 1, lengths)
-    return unit
+    return (states_nsd / np.where(lengths == 0, 1, lengths)).astype(np.float32, copy=False)
 
 
 def too_many_keys(key_bytes: int, count: int, max_bytes: int) -> ConfigError:
