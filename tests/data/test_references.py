@@ -171,6 +171,9 @@ def test_what_is_wrong_is_said_in_one_line(
     prepare_to(tmp_path / "others", texts)
     with pytest.raises(DataError, match="references for other data"):
         ChunkReferences.open(out, tokens=tmp_path / "others")
+    find(tmp_path / "others", tmp_path / "for others")
+    with pytest.raises(DataError, match="references for other data than val"):
+        ChunkReferences.open(tmp_path / "for others", tokens=tmp_path / "others", split="val")
 
 
 @pytest.mark.parametrize("kind", ["chunks.npy", "lines.npy", "references.jsonl"])

@@ -377,6 +377,9 @@ def test_what_does_not_fit_is_refused(make_host: MakeHost) -> None:
     other = Encoder(Host(model), words(), fewer).encode(texts())
     with pytest.raises(AttachError, match="same settings"), reading(other, OWN):
         pass
+    short = Documents(torch.zeros(2, 4 * CHUNK), torch.zeros_like(OWN))
+    with pytest.raises(AttachError, match="do not fit"), reading(memories, OWN, documents=short):
+        pass
     with reading(memories, OWN):
         with pytest.raises(AttachError, match="2 rows of 5 chunks"):
             model(input_ids=IDS[:1])

@@ -100,15 +100,18 @@ def find_references(
         if (out / MANIFEST_NAME).exists():
             there = read_references(out)
             refuse_other_origin(out, there.origin, origin)
+            (out / PROGRESS_NAME).unlink(missing_ok=True)
             return there
         with _held(out):
             done = _read_progress(out, origin)
             datasets = {name: TokenDataset.open(tokens, split=name) for name in splits}
             total = sum(dataset.num_tokens for dataset in datasets.values())
             with ProgressBar("finding references", total=total, enabled=progress) as bar:
+                before = 0
                 for name, dataset in datasets.items():
-                    finder = _Finder(dataset, tokens, find, config)
+                    finder = _Finder(dataset, tokens, find, config, tokens_before=before)
                     done = _do_split(out, name, finder, done, bar)
+                    before += dataset.num_tokens
             finished = ReferencesManifest(origin=origin, splits=done.splits)
             write_json(out / MANIFEST_NAME, finished)
             (out / PROGRESS_NAME).unlink()
@@ -123,7 +126,7 @@ def _do_split(out: Path, name: str, finder: _Finder, done: Progress, bar: Progre
         parts.append(finder.write(out / name / f"{len(parts):05d}", begin, end))
         done = done.model_copy(update={"splits": {**done.splits, name: tuple(parts)}})
         write_json(out / PROGRESS_NAME, done)
-        bar.update(finder.tokens_before(end))
+        bar.update(finder.tokens_done(end))
     return done
 
 
@@ -131,7 +134,13 @@ class _Finder:
     """Chooses for the documents of one split."""
 
     def __init__(
-        self, dataset: TokenDataset, folder: Path, find: Find, config: ReferencesConfig
+        self,
+        dataset: TokenDataset,
+        folder: Path,
+        find: Find,
+        config: ReferencesConfig,
+        *,
+        tokens_before: int,
     ) -> None:
         self._dataset = dataset
         self._find = find
@@ -139,12 +148,12 @@ class _Finder:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
         self._tokens_kept: OrderedDict[str, list[int]] = OrderedDict()
         lengths = dataset.document_lengths().astype(np.int64)
-        self._token_ends = np.cumsum(lengths)
+        self._token_ends = tokens_before + np.cumsum(lengths)
         self._chunk_ends = np.cumsum(-(-lengths // config.chunk_tokens))
 
-    def tokens_before(self, document: int) -> int:
-        """Tokens of the documents before this one."""
-        return int(self._token_ends[document - 1]) if document else 0
+    def tokens_done(self, documents: int) -> int:
+        """Tokens of the splits before and of this many documents, at least one."""
+        return int(self._token_ends[documents - 1])
 
     def parts(self, first: int) -> Iterator[tuple[int, int]]:
         """Ranges of documents of about `part_chunks` chunks, from a document on."""

@@ -143,7 +143,8 @@ class ChunkReferences:
         """
         folder = Path(folder)
         manifest = read_references(folder)
-        if manifest.origin.data.get(split) != data_identity(read_manifest(tokens)).get(split):
+        there = manifest.origin.data.get(split)
+        if there is None or there != data_identity(read_manifest(tokens)).get(split):
             raise DataError(
                 f"{folder} has references for other data than {split} of {tokens}: find them again "
                 f"with strata data references {tokens}"

@@ -130,6 +130,16 @@ class Reading:
                 f"own_bc names memories {int(own_bc.min())} to {int(own_bc.max())}; there are "
                 f"{len(memories)}, and -1 stands for none"
             )
+        if documents is not None:
+            b, c = own_bc.shape
+            tokens = documents.of_tokens_bt.shape
+            if documents.of_chunks_bc.shape != own_bc.shape or (
+                tokens[0], -(-tokens[1] // self.chunk_tokens)
+            ) != (b, c):  # fmt: skip
+                raise AttachError(
+                    f"documents of {tuple(documents.of_chunks_bc.shape)} chunks and "
+                    f"{tuple(tokens)} tokens do not fit own_bc of {b} rows and {c} chunks"
+                )
         read = self._prepare(memories, own_bc.to(self.host.device), documents)
         with ExitStack() as stack:
             for layer in self.host.model.modules():
