@@ -12,6 +12,7 @@ from strata.ops.codec import (
     decode_int4,
     decode_int8,
     decode_residual,
+    encode_residual,
     reference,
 )
 
@@ -85,12 +86,63 @@ def test_residual_codes_name_entries(
         torch.testing.assert_close(vector.double(), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_vectors", [0, 1, 5, 1500])
+@pytest.mark.parametrize(
+    ("coarse", "fine", "width", "rotated"),
+    [
+        ((2, 9), (8, 10), 80, True),
+        ((2, 14), (4, 5), 12, False),
+        ((1, 8), (7, 3), 7, False),  # an odd width, parts of one number
+        ((3, 1), (5, 7), 15, True),
+    ],
+)
+def test_vectors_get_the_codes_of_the_nearest_entries(
+    num_vectors: int, coarse: tuple[int, int], fine: tuple[int, int], width: int, rotated: bool
+) -> None:
+    """By distances in float64: no other entry is nearer, in either stage, by more than rounding."""
+    rotation = torch.linalg.qr(torch.randn(width, width))[0].contiguous() if rotated else None
+    coarse_mkd, fine_mkd = (
+        torch.randn(parts, 2**bits, width // parts) * scale
+        for (parts, bits), scale in ((coarse, 1.0), (fine, 0.3))
+    )
+    books = ResidualBooks(coarse_mkd, fine_mkd, rotation)
+    vectors = torch.randn(num_vectors, width)
+    for codes in (encode_residual(vectors, books), reference.encode_residual(vectors, books)):
+        assert codes.shape == (num_vectors, books.code_bytes) and codes.dtype == torch.uint8
+        left = vectors.double() @ (torch.eye(width) if rotation is None else rotation).double().T
+        for book, first, last in (
+            (coarse_mkd, 0, books.coarse_bytes),
+            (fine_mkd, books.coarse_bytes, books.code_bytes),
+        ):
+            k = book.shape[1]
+            numbers = [int.from_bytes(bytes(row[first:last]), "little") for row in codes.tolist()]
+            for part, entries in enumerate(book.double()):
+                mine = left[:, part * entries.shape[1] : (part + 1) * entries.shape[1]]
+                picks = torch.tensor([number // k**part % k for number in numbers]).long()
+                assert all(number < k ** len(book) for number in numbers)  # nothing in spare bits
+                distance = torch.cdist(mine, entries)
+                taken = distance[torch.arange(num_vectors), picks]
+                least = distance.amin(1) if num_vectors else taken
+                torch.testing.assert_close(taken, least, atol=1e-4, rtol=1e-5)
+                mine -= entries[picks]  # a view: what the coarse entries leave
+
+
+def test_vectors_that_do_not_fit_are_refused() -> None:
+    books = ResidualBooks(torch.randn(2, 16, 8), torch.randn(4, 16, 4), None)
+    with pytest.raises(ValueError, match=r"fp32 \(n, 16\), given torch.float32 \(3, 15\)"):
+        encode_residual(torch.randn(3, 15), books)
+    with pytest.raises(ValueError, match=r"given torch\.bfloat16"):
+        encode_residual(torch.randn(3, 16).bfloat16(), books)
+
+
 def test_threads_change_no_bit() -> None:
     books = ResidualBooks(torch.randn(2, 512, 8), torch.randn(4, 64, 4), None)
     codes = random_codes(20_000, books.code_bytes)
     once = cpu.decode_residual(codes, books)
+    again = cpu.encode_residual(once, books)
     torch.set_num_threads(3)
     assert torch.equal(cpu.decode_residual(codes, books), once)
+    assert torch.equal(cpu.encode_residual(once, books), again)
 
 
 def test_autocast_does_not_round() -> None:

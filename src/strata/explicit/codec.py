@@ -36,7 +36,13 @@ from torch import Tensor
 from strata.errors import BankError
 from strata.explicit.extras import require
 from strata.explicit.memories import Memories, MemoryShape
-from strata.ops.codec import ResidualBooks, decode_int4, decode_int8, decode_residual
+from strata.ops.codec import (
+    ResidualBooks,
+    decode_int4,
+    decode_int8,
+    decode_residual,
+    encode_residual,
+)
 
 PLAIN = ("fp32", "bf16", "int8", "int4")
 KINDS = ("keys", "values")
@@ -273,11 +279,12 @@ class _Integers(Codec):
 class FaissCodec(Codec):
     """Vectors as the standalone codes of a FAISS index.
 
-    Codes of the form `[OPQ..,]ResidualMxN,PQMxB` are decoded by our own loops, others by FAISS.
+    Codes of the form `[OPQ..,]ResidualMxN,PQMxB` are written and read by our own loops, others by
+    FAISS.
 
     Attributes:
         factory: FAISS' string for it.
-        own_decoder: whether codes are read by our own loops; known once it is trained.
+        own_decoder: whether our own loops do; known once it is trained.
     """
 
     def __init__(self, name: str, shape: MemoryShape) -> None:
@@ -305,7 +312,7 @@ class FaissCodec(Codec):
 
     @property
     def own_decoder(self) -> bool:
-        """Whether our own loops read the codes."""
+        """Whether our own loops write and read the codes."""
         return bool(self._books)
 
     @property
@@ -387,6 +394,8 @@ class FaissCodec(Codec):
         )
 
     def _encode_vectors(self, vectors_qd: Tensor, kind: str) -> Tensor:
+        if kind in self._books:
+            return encode_residual(vectors_qd, self._books[kind])
         index = self._indexes[kind]
         parts = [
             index.sa_encode(part.numpy())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from strata.errors import ConfigError, ModelError
@@ -77,7 +78,7 @@ class KeyScan:
         best_places = np.zeros((len(flat), 0), np.int64)
         start = 0
         for block in self._blocks:
-            scores = np.concatenate([best_scores, flat @ block.T], axis=1)
+            scores = np.concatenate([best_scores, _product(flat, block.T)], axis=1)
             own = np.broadcast_to(np.arange(start, start + len(block)), (len(flat), len(block)))
             places = np.concatenate([best_places, own], axis=1)
             start += len(block)
@@ -139,7 +140,7 @@ class KeyScan:
         covariance_sdd = np.zeros((heads, width, width))
         for block in self._blocks:
             by_head = block.reshape(-1, heads, width).transpose(1, 2, 0)
-            covariance_sdd += by_head @ by_head.transpose(0, 2, 1)
+            covariance_sdd += _product(by_head, by_head.transpose(0, 2, 1))
         values_sd, vectors_sdd = np.linalg.eigh(covariance_sdd / len(self.ids))
         values_sd = np.maximum(values_sd, 0) + _RIDGE * values_sd.mean(axis=1, keepdims=True)
         scale_sd = 1 / np.sqrt(np.where(values_sd > 0, values_sd, 1))  # 0 where all keys are equal
@@ -147,8 +148,14 @@ class KeyScan:
         return turns_sdd.astype(np.float32)
 
 
+def _product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """By torch: the threads of numpy's product would spin on, beside torch's own."""
+    product: NDArray[np.float32] = (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
+    return product
+
+
 def _turned(states_nsd: NDArray[np.float32], turns_sdd: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (states_nsd.transpose(1, 0, 2) @ turns_sdd).transpose(1, 0, 2)
+    return _product(states_nsd.transpose(1, 0, 2), turns_sdd).transpose(1, 0, 2)
 
 
 def _unit(states_nsd: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ import copy
 import threading
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from strata.explicit.bank.store import Store
@@ -45,7 +46,8 @@ class VectorTable:
             there = np.asarray(column.is_valid()) & (lengths > 0)
             addresses.append(batch["_rowid"].to_numpy()[there])
             blocks.append(block[there] / lengths[there, None])
-        self.addresses_n, self.unit_nd = np.concatenate(addresses), np.concatenate(blocks)
+        self.addresses_n = np.concatenate(addresses)
+        self.unit_nd = torch.from_numpy(np.concatenate(blocks))
 
     def nearest(
         self, query: NDArray[np.float32], k: int, among: NDArray[np.uint64] | None
@@ -57,7 +59,9 @@ class VectorTable:
             k: at least 1; fewer come where there are fewer rows.
             among: addresses of the rows that may be found; None for all.
         """
-        cosines = self.unit_nd @ (query / np.linalg.norm(query))
+        # By torch: numpy's product brings threads of its own, which spin for tens of milliseconds
+        # afterwards, while an embedder or a decoder waits for the core.
+        cosines = (self.unit_nd @ torch.from_numpy(query / np.linalg.norm(query))).numpy()
         addresses = self.addresses_n
         if among is not None:
             allowed = np.isin(addresses, among)

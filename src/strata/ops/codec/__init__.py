@@ -1,5 +1,7 @@
 """Vectors from their codes: int8 and int4 with a scale each, and FAISS' residual product codes.
 
+The last also the other way: vectors to codes, which FAISS does by tables of all distances.
+
 A code is the bytes of one vector, little-endian:
 
     int8   fp16 scale, then d signed bytes
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from strata.ops.kernels import supported
 
-__all__ = ["ResidualBooks", "decode_int4", "decode_int8", "decode_residual"]
+__all__ = ["ResidualBooks", "decode_int4", "decode_int8", "decode_residual", "encode_residual"]
 
 SCALE_BYTES = 2
 
@@ -112,6 +114,31 @@ def decode_residual(codes_nb: Tensor, books: ResidualBooks) -> Tensor:
     return _implementation(codes_nb).decode_residual(codes_nb, books)
 
 
+def encode_residual(vectors_nd: Tensor, books: ResidualBooks) -> Tensor:
+    """Residual product codes of vectors: the nearest coarse entries, then the nearest fine ones.
+
+    Of entries that are equally near, up to the rounding of fp32, any may be taken.
+
+    Args:
+        vectors_nd: fp32, contiguous, finite, on the books' device.
+        books: the codebooks.
+
+    Returns:
+        (n, b) uint8, as `decode_residual` takes them.
+
+    Raises:
+        ValueError: the vectors are of another width or dtype.
+
+    Source: as `decode_residual`.
+    """
+    if vectors_nd.dtype != torch.float32 or vectors_nd.shape[1:] != (books.width,):
+        raise ValueError(
+            f"vectors must be fp32 (n, {books.width}), given {vectors_nd.dtype} "
+            f"{tuple(vectors_nd.shape)}"
+        )
+    return _implementation(vectors_nd).encode_residual(vectors_nd, books)
+
+
 def _packed_bytes(book_mkd: Tensor) -> int:
     num_bits = book_mkd.shape[0] * (book_mkd.shape[1].bit_length() - 1)
     return (num_bits + 7) // 8
@@ -124,8 +151,8 @@ def _check(codes_nb: Tensor, code_bytes: int) -> None:
         )
 
 
-def _implementation(codes_nb: Tensor) -> ModuleType:
-    if codes_nb.device.type == "cpu" and codes_nb.is_contiguous() and supported():
+def _implementation(given: Tensor) -> ModuleType:
+    if given.device.type == "cpu" and given.is_contiguous() and supported():
         from strata.ops.codec import cpu
 
         return cpu
