@@ -138,6 +138,12 @@ class Host:
             tokens = config.reference_tokens
         return MemoryShape(tuple(sorted(set(pairs))), tokens, self.head_dim)
 
+    def rotary_kind(self, layer: int) -> str | None:
+        """Names the rotary embedding of a layer; None where all layers have the same."""
+        if not getattr(self._rotary, "layer_types", None):
+            return None
+        return str(self.attentions[layer].config.layer_types[layer])
+
     def rotary(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions at a layer, by the decoder's own rotary embedding.
 
@@ -151,9 +157,8 @@ class Host:
         assert self._rotary is not None
         flat = positions.reshape(1, -1).to(self.device)
         like = torch.empty(1, dtype=torch.float32, device=self.device)
-        extra = {}
-        if getattr(self._rotary, "layer_types", None):
-            extra["layer_type"] = self.attentions[layer].config.layer_types[layer]
+        kind = self.rotary_kind(layer)
+        extra = {} if kind is None else {"layer_type": kind}
         cos, sin = self._rotary(like, flat, **extra)
         shape = (*positions.shape, cos.shape[-1])
         return cos.reshape(shape), sin.reshape(shape)

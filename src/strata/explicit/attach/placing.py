@@ -6,7 +6,7 @@ Shapes: r rows, k memories of a row, s memory heads, t tokens kept, m tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,10 @@ class Placer:
         marker: token ids; may be empty.
         reference_tokens: the interval of positions that a memory takes.
         positions: "parallel" or "sequential" (see `Preset`).
+
+    Attributes:
+        groups: layers that are placed in one go, since they hold as many heads and turn alike; a
+            layer that reads neither marker nor memories is in none.
     """
 
     def __init__(
@@ -61,97 +65,118 @@ class Placer:
         self.positions = positions
         self.marker_tokens = len(marker)
         self._marker = marker_states(host, marker) if marker else []
-        self._heads: dict[int, tuple[slice, list[int]]] = {}
-        for layer in shape.layers:
-            places = [n for n, (at, _) in enumerate(shape.heads) if at == layer]
-            heads = [head for at, head in shape.heads if at == layer]
-            self._heads[layer] = (slice(places[0], places[-1] + 1), heads)
+        self._heads: dict[int, list[int]] = {}
+        self._first: dict[int, int] = {}
+        for number, (layer, head) in enumerate(shape.heads):
+            self._first.setdefault(layer, number)
+            self._heads.setdefault(layer, []).append(head)
+        self.groups = self._groups()
 
-    def place(self, layer: int, rows: RowMemories) -> LayerMemory | None:
-        """What one layer reads; None for nothing.
+    def place(self, layers: Sequence[int], rows: RowMemories) -> list[LayerMemory]:
+        """What some layers of one group read.
 
         Args:
-            layer: number of the layer.
+            layers: numbers of the layers.
             rows: rows without a memory of their own get the marker alone.
         """
-        parts: list[LayerMemory] = []
+        r, k = rows.index_rk.shape
+        n, kv = len(layers), self.host.num_kv_heads
+        keys, values, places = [], [], []
         if self.marker_tokens:
-            parts.append(self._place_marker(layer, rows))
-        if layer in self._heads and rows.index_rk.shape[1]:
-            parts.append(self._place_memories(layer, rows))
-        if not parts:
-            return None
-        if len(parts) == 1:
-            return parts[0]
-        marker, memories = parts
-        bias = memories.bias_bkp
-        if bias is not None:
-            bias = torch.nn.functional.pad(bias, (self.marker_tokens, 0))
-        return replace(
-            marker,
-            keys_bkpd=torch.cat([marker.keys_bkpd, memories.keys_bkpd], dim=2),
-            values_bkpd=torch.cat([marker.values_bkpd, memories.values_bkpd], dim=2),
-            bias_bkp=bias,
-        )
+            at_rm = self._marker_at(rows)
+            for found, kind in ((keys, 0), (values, 1)):
+                states = torch.stack([self._marker[layer][kind] for layer in layers])
+                found.append(states[:, None].expand(n, r, -1, -1, -1))
+            places.append(at_rm[None, :, None].expand(n, r, kv, -1))
+        bias = None
+        if layers[0] in self._heads and k:
+            memories, heads = rows.memories, [self._heads[layer] for layer in layers]
+            slots = [self._first[layer] + i for layer, its in zip(layers, heads, strict=True)
+                     for i in range(len(its))]  # fmt: skip
+            chosen: slice | list[int] = slots
+            if slots == list(range(slots[0], slots[-1] + 1)):
+                chosen = slice(slots[0], slots[-1] + 1)
+            pick = rows.index_rk.clamp(min=0)
 
-    def _place_marker(self, layer: int, rows: RowMemories) -> LayerMemory:
-        key_kmd, value_kmd = self._marker[layer]
-        r, m = len(rows.origin_r), self.marker_tokens
+            def by_head(
+                states: Tensor,
+            ) -> Tensor:  # (memories, s, t, ...) -> (n, r, kv, k * t, ...)
+                some = states[:, chosen][pick].unflatten(2, (n, -1))  # (r, k, n, heads, t, ...)
+                some = some.movedim((2, 3), (0, 2)).flatten(3, 4)
+                if some.shape[2] == kv:
+                    return some
+                every = some.new_zeros(n, r, kv, *some.shape[3:])
+                for number, its in enumerate(heads):
+                    every[number][:, its] = some[number]
+                return every
+
+            keys.append(by_head(memories.keys_nstd))
+            values.append(by_head(memories.values_nstd))
+            t = memories.places_nst.shape[2]
+            shift_rp = self._shift(rows).repeat_interleave(t, 1)
+            places.append(by_head(memories.places_nst).long() + shift_rp[None, :, None])
+            bias = self._bias(rows, heads)
+        dtype = self.host.dtype
+        every_key = self.host.rotate(layers[0], torch.cat(keys, 3), torch.cat(places, 3)).to(dtype)
+        every_value = torch.cat(values, 3).to(dtype)
+        window = self.host.window(layers[0])
+        return [
+            LayerMemory(
+                every_key[number],
+                every_value[number],
+                None if bias is None else bias[number],
+                self.marker_tokens,
+                window,
+                None if window is None or not self.marker_tokens else at_rm,
+            )
+            for number in range(n)
+        ]
+
+    def _groups(self) -> list[list[int]]:
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for layer in range(self.host.num_layers):
+            held = len(self._heads.get(layer, ()))
+            if held or self.marker_tokens:
+                kind = (held, self.host.rotary_kind(layer), self.host.window(layer))
+                groups.setdefault(kind, []).append(layer)
+        return list(groups.values())
+
+    def _marker_at(self, rows: RowMemories) -> Tensor:
+        """Positions of the marker: (r, m)."""
+        m = self.marker_tokens
         intervals = torch.ones_like(rows.origin_r)
         if self.positions == "sequential":
             intervals = (rows.index_rk >= 0).sum(1)
         start = rows.origin_r - intervals * self.reference_tokens - m
-        at_rm = start[:, None] + torch.arange(m, device=start.device)
-        keys = self.host.rotate(layer, key_kmd.expand(r, -1, -1, -1), at_rm[:, None])
-        window = self.host.window(layer)
-        return LayerMemory(
-            keys.to(self.host.dtype),
-            value_kmd.expand(r, -1, -1, -1).to(self.host.dtype),
-            None,
-            m,
-            window,
-            None if window is None else at_rm,
-        )
+        return start[:, None] + torch.arange(m, device=start.device)
 
-    def _place_memories(self, layer: int, rows: RowMemories) -> LayerMemory:
-        chosen, heads = self._heads[layer]
-        memories, index_rk = rows.memories, rows.index_rk
-        r, k = index_rk.shape
-        there_rk = index_rk >= 0
-        pick = index_rk.clamp(min=0)
+    def _shift(self, rows: RowMemories) -> Tensor:
+        """Position of each memory's first token: (r, k)."""
+        index_rk = rows.index_rk
         shift_rk = torch.full_like(index_rk, -self.reference_tokens)
         if self.positions == "sequential":
-            after_rk = there_rk.sum(1, keepdim=True) - torch.arange(k, device=pick.device)
-            shift_rk = shift_rk * after_rk
-        shift_rk = shift_rk + rows.origin_r[:, None]
+            place_k = torch.arange(index_rk.shape[1], device=index_rk.device)
+            shift_rk = shift_rk * ((index_rk >= 0).sum(1, keepdim=True) - place_k)
+        return shift_rk + rows.origin_r[:, None]
 
-        def by_head(states: Tensor) -> Tensor:  # (n, s, t, ...) -> (r, heads, k * t, ...)
-            return states[:, chosen][pick].transpose(1, 2).flatten(2, 3)
-
-        t = memories.places_nst.shape[2]
-        at = by_head(memories.places_nst).long() + shift_rk.repeat_interleave(t, 1)[:, None]
-        keys = self.host.rotate(layer, by_head(memories.keys_nstd), at).to(self.host.dtype)
-        values = by_head(memories.values_nstd).to(self.host.dtype)
-        held_rkt = torch.arange(t, device=pick.device) < memories.kept_n[pick][:, :, None]
-        held_rp = (held_rkt & there_rk[:, :, None]).flatten(1)
-        held = held_rp[:, None].expand(r, len(heads), k * t)
-        if len(heads) < self.host.num_kv_heads:
-            every = (r, self.host.num_kv_heads, k * t)
-            wide = keys.new_zeros(*every, keys.shape[-1])
-            keys, values = wide.index_copy(1, _like(heads, wide), keys), wide.index_copy(
-                1, _like(heads, wide), values
-            )  # fmt: skip
-            held = held.new_zeros(every).index_copy(1, _like(heads, wide), held)
-        bias = None
-        if not bool(held.all()):
-            least = torch.finfo(keys.dtype).min
-            bias = torch.zeros(held.shape, dtype=keys.dtype, device=keys.device)
-            bias = bias.masked_fill(~held, least)
-        return LayerMemory(keys, values, bias, 0)
-
-
-def _like(heads: list[int], states: Tensor) -> Tensor:
-    return torch.tensor(heads, device=states.device)
+    def _bias(self, rows: RowMemories, heads: list[list[int]]) -> Tensor | None:
+        """What is added to scores, (layers, r, kv, marker and k * t); None where all is held."""
+        memories, index_rk = rows.memories, rows.index_rk
+        t, kv, dtype = memories.places_nst.shape[2], self.host.num_kv_heads, self.host.dtype
+        kept_rk = memories.kept_n[index_rk.clamp(min=0)].masked_fill(index_rk < 0, 0)
+        held_rp = (torch.arange(t, device=index_rk.device) < kept_rk[:, :, None]).flatten(1)
+        if len(heads[0]) == kv and bool(held_rp.all()):
+            return None
+        least = torch.finfo(dtype).min
+        one_rp = held_rp.new_zeros(held_rp.shape, dtype=dtype).masked_fill(~held_rp, least)
+        one_rp = torch.nn.functional.pad(one_rp, (self.marker_tokens, 0))
+        bias = one_rp[None, :, None].expand(len(heads), -1, kv, -1)
+        if len(heads[0]) < kv:
+            bias = bias.clone()
+            for number, its in enumerate(heads):
+                others = [head for head in range(kv) if head not in its]
+                bias[number, :, others, self.marker_tokens :] = least
+        return bias
 
 
 def marker_states(

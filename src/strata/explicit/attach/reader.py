@@ -20,6 +20,10 @@ from strata.explicit.attach.layer_memory import (
 from strata.explicit.attach.placing import Placer, RowMemories
 from strata.explicit.attach.presets import Preset
 
+# A prompt's memories up to this size are put in place in all layers at once, larger ones layer by
+# layer, while it is read.
+_AT_ONCE_BYTES = 64 * 2**20
+
 _UNSUPPORTED = ("s_aux", "position_bias", "cache")
 
 
@@ -34,27 +38,50 @@ class PieceMemory:
         self._placer = placer
         self._rows = rows
         self._statistics = statistics
-        self._placed: list[LayerMemory | None] | None = None
+        self._placed: dict[int, LayerMemory] | None = None
         has = (rows.index_rk >= 0).any(1)
         self.has_memory_b: Tensor | None = None if bool(has.all()) else has
 
     def __len__(self) -> int:
         return len(self._rows.origin_r)
 
-    def layer(self, number: int, start: int = 0, stop: int | None = None) -> LayerMemory | None:
+    def layer(self, number: int, start: int, stop: int) -> LayerMemory | None:
         """What some rows read in one layer; None for nothing."""
+        whole = (start, stop) == (0, len(self))
+        if self._placed is None and whole and self._num_bytes <= _AT_ONCE_BYTES:
+            self.place()
         if self._placed is not None:
-            return self._placed[number]
-        rows = self._rows
-        if (start, stop) != (0, None):
-            rows = RowMemories(rows.memories, rows.index_rk[start:stop], rows.origin_r[start:stop])
+            layer = self._placed.get(number)
+            return layer if layer is None or whole else layer.rows(start, stop)
+        if not any(number in group for group in self._placer.groups):
+            return None
+        mine = self._rows
+        some = RowMemories(mine.memories, mine.index_rk[start:stop], mine.origin_r[start:stop])
         with self._statistics.timed("inject_ms"):
-            return self._placer.place(number, rows)
+            return self._placer.place([number], some)[0]
+
+    @property
+    def placed(self) -> dict[int, LayerMemory]:
+        """What all rows read, by layer; layers that read nothing are left out."""
+        assert self._placed is not None
+        return self._placed
 
     def place(self) -> PieceMemory:
         """Put it in place in all layers now, for many steps to read."""
-        self._placed = [self.layer(n) for n in range(self._placer.host.num_layers)]
+        if self._placed is None:
+            self._placed = {}
+            with self._statistics.timed("inject_ms"):
+                for group in self._placer.groups:
+                    layers = self._placer.place(group, self._rows)
+                    self._placed |= dict(zip(group, layers, strict=True))
         return self
+
+    @property
+    def _num_bytes(self) -> int:
+        """Of all rows in all layers, placed."""
+        memories, num_rows = self._rows.memories, self._rows.index_rk.numel()
+        one = memories.keys_nstd[0].numel() if len(memories) else 0
+        return 2 * one * num_rows * self._placer.host.dtype.itemsize
 
     def select(self, rows: Tensor) -> PieceMemory:
         """The same for other rows, by index."""
@@ -62,7 +89,7 @@ class PieceMemory:
         chosen = RowMemories(mine.memories, mine.index_rk[rows], mine.origin_r[rows])
         other = PieceMemory(self._placer, chosen, self._statistics)
         if self._placed is not None:
-            other._placed = [None if m is None else m.select(rows) for m in self._placed]
+            other._placed = {n: layer.select(rows) for n, layer in self._placed.items()}
         return other
 
 
@@ -127,7 +154,7 @@ class Reader:
         if several:
             out = self._text(underneath, module, query, key, value, mask, weighing, kwargs)
             return out.contiguous(), None
-        layer = memory.layer(int(module.layer_idx))
+        layer = memory.placed.get(int(module.layer_idx))
         if layer is None:
             return underneath(module, query, key, value, mask, **kwargs)
         out = attend(
