@@ -293,16 +293,14 @@ class Bench:
             "own queries": lambda q: known.ask(q),
             "own keys": lambda q: known.keep(q),
         }
-        order = list(retrievers)
-        shuffle = random.Random(0).shuffle
-        for number, query in enumerate([*queries[:5], *queries]):  # the first five warm up
-            shuffle(order)
-            for name in order:
+        # One retriever after the other, as each would be used: in turns, the keys and vectors of
+        # one push those of the others out of the caches.
+        for name, retriever in retrievers.items():
+            for number, query in enumerate([*queries[:5], *queries]):  # the first five warm up
                 clock = times[name] if number >= 5 else defaultdict(list)
                 if name in embed:
                     timed(clock["embed"], lambda n=name, q=query: embed[n](q))
-                search = partial(retrievers[name].search, [query], top_k)
-                hits = timed(clock["search"], search)[0]
+                hits = timed(clock["search"], partial(retriever.search, [query], top_k))[0]
                 ids = [hit.id for hit in hits]
                 blobs = timed(clock["load"], partial(bank.blobs, ids))
                 wanted = [blobs[name] for name in ids]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_memories import Loops, by_sum, make_shelf, reads, sharp, words
 from transformers import PreTrainedModel
 
-from strata.explicit.attach import attach, presets
+from strata.explicit.attach import attach, presets, reader
 from strata.explicit.attach.pieces import Piece, generated_piece, prompt_pieces, stretches
 from strata.explicit.host import Host
 from strata.explicit.settings import ExplicitMemoryConfig
@@ -97,6 +97,15 @@ def test_any_heads_hold_memory(make_host: MakeHost, heads: object) -> None:
         layers=(0, 1, 2, 3), heads=heads, tokens_per_head=4, reference_tokens=16
     )
     check(make_host("llama"), config)
+
+
+def test_large_memories_layer_by_layer(
+    make_host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several megabytes; small ones are put in place in all layers at once."""
+    monkeypatch.setattr(reader, "_AT_ONCE_BYTES", 0)
+    check(make_host("llama"), SETTINGS)
+    check(make_host("gemma3_text"), SETTINGS)
 
 
 def test_sequential_positions(host_model: PreTrainedModel) -> None:

@@ -79,57 +79,29 @@ class Placer:
             layers: numbers of the layers.
             rows: rows without a memory of their own get the marker alone.
         """
-        r, k = rows.index_rk.shape
-        n, kv = len(layers), self.host.num_kv_heads
-        keys, values, places = [], [], []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        marker_at_rm, bias = None, None
         if self.marker_tokens:
-            at_rm = self._marker_at(rows)
-            for found, kind in ((keys, 0), (values, 1)):
-                states = torch.stack([self._marker[layer][kind] for layer in layers])
-                found.append(states[:, None].expand(n, r, -1, -1, -1))
-            places.append(at_rm[None, :, None].expand(n, r, kv, -1))
-        bias = None
-        if layers[0] in self._heads and k:
-            memories, heads = rows.memories, [self._heads[layer] for layer in layers]
-            slots = [self._first[layer] + i for layer, its in zip(layers, heads, strict=True)
-                     for i in range(len(its))]  # fmt: skip
-            chosen: slice | list[int] = slots
-            if slots == list(range(slots[0], slots[-1] + 1)):
-                chosen = slice(slots[0], slots[-1] + 1)
-            pick = rows.index_rk.clamp(min=0)
-
-            def by_head(
-                states: Tensor,
-            ) -> Tensor:  # (memories, s, t, ...) -> (n, r, kv, k * t, ...)
-                some = states[:, chosen][pick].unflatten(2, (n, -1))  # (r, k, n, heads, t, ...)
-                some = some.movedim((2, 3), (0, 2)).flatten(3, 4)
-                if some.shape[2] == kv:
-                    return some
-                every = some.new_zeros(n, r, kv, *some.shape[3:])
-                for number, its in enumerate(heads):
-                    every[number][:, its] = some[number]
-                return every
-
-            keys.append(by_head(memories.keys_nstd))
-            values.append(by_head(memories.values_nstd))
-            t = memories.places_nst.shape[2]
-            shift_rp = self._shift(rows).repeat_interleave(t, 1)
-            places.append(by_head(memories.places_nst).long() + shift_rp[None, :, None])
+            marker_at_rm = self._marker_at(rows)
+            parts.append(self._marker_states(layers, marker_at_rm))
+        if layers[0] in self._heads and rows.index_rk.shape[1]:
+            heads = [self._heads[layer] for layer in layers]
+            parts.append(self._memory_states(layers, heads, rows))
             bias = self._bias(rows, heads)
-        dtype = self.host.dtype
-        every_key = self.host.rotate(layers[0], torch.cat(keys, 3), torch.cat(places, 3)).to(dtype)
-        every_value = torch.cat(values, 3).to(dtype)
+        keys, values, places = (torch.cat(kind, 3) for kind in zip(*parts, strict=True))
+        keys = self.host.rotate(layers[0], keys, places).to(self.host.dtype)
+        values = values.to(self.host.dtype)
         window = self.host.window(layers[0])
         return [
             LayerMemory(
-                every_key[number],
-                every_value[number],
+                keys[number],
+                values[number],
                 None if bias is None else bias[number],
                 self.marker_tokens,
                 window,
-                None if window is None or not self.marker_tokens else at_rm,
+                None if window is None else marker_at_rm,
             )
-            for number in range(n)
+            for number in range(len(layers))
         ]
 
     def _groups(self) -> list[list[int]]:
@@ -149,6 +121,52 @@ class Placer:
             intervals = (rows.index_rk >= 0).sum(1)
         start = rows.origin_r - intervals * self.reference_tokens - m
         return start[:, None] + torch.arange(m, device=start.device)
+
+    def _marker_states(self, layers: Sequence[int], at_rm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values (layers, r, kv, m, d) and positions (layers, r, kv, m)."""
+        n, r, kv = len(layers), len(at_rm), self.host.num_kv_heads
+        keys, values = (
+            torch.stack([self._marker[layer][kind] for layer in layers])[:, None] for kind in (0, 1)
+        )
+        return (
+            keys.expand(n, r, -1, -1, -1),
+            values.expand(n, r, -1, -1, -1),
+            at_rm[None, :, None].expand(n, r, kv, -1),
+        )
+
+    def _memory_states(
+        self, layers: Sequence[int], heads: list[list[int]], rows: RowMemories
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values (layers, r, kv, k * t, d) and positions (layers, r, kv, k * t).
+
+        Heads without memory get zeros.
+        """
+        memories, n, kv = rows.memories, len(layers), self.host.num_kv_heads
+        slots = [
+            self._first[layer] + number
+            for layer, its in zip(layers, heads, strict=True)
+            for number in range(len(its))
+        ]
+        near = slots == list(range(slots[0], slots[-1] + 1))
+        chosen = slice(slots[0], slots[-1] + 1) if near else slots  # a slice copies nothing
+        pick = rows.index_rk.clamp(min=0)
+
+        def by_head(states: Tensor) -> Tensor:
+            some = states[:, chosen][pick].unflatten(2, (n, -1))  # (r, k, layers, heads, t, ...)
+            some = some.movedim((2, 3), (0, 2)).flatten(3, 4)
+            if some.shape[2] == kv:
+                return some
+            every = some.new_zeros(n, len(pick), kv, *some.shape[3:])
+            for number, its in enumerate(heads):
+                every[number][:, its] = some[number]
+            return every
+
+        shift_rp = self._shift(rows).repeat_interleave(memories.places_nst.shape[2], 1)
+        return (
+            by_head(memories.keys_nstd),
+            by_head(memories.values_nstd),
+            by_head(memories.places_nst).long() + shift_rp[None, :, None],
+        )
 
     def _shift(self, rows: RowMemories) -> Tensor:
         """Position of each memory's first token: (r, k)."""

@@ -20,9 +20,9 @@ from strata.explicit.attach.layer_memory import (
 from strata.explicit.attach.placing import Placer, RowMemories
 from strata.explicit.attach.presets import Preset
 
-# A prompt's memories up to this size are put in place in all layers at once, larger ones layer by
-# layer, while it is read.
-_AT_ONCE_BYTES = 64 * 2**20
+# Memories up to this size are put in place in all layers at once. Of larger ones the work is in the
+# bytes, not in the calls, and layer by layer it is done in memory that is there already.
+_AT_ONCE_BYTES = 8 * 2**20
 
 _UNSUPPORTED = ("s_aux", "position_bias", "cache")
 
@@ -48,7 +48,7 @@ class PieceMemory:
     def layer(self, number: int, start: int, stop: int) -> LayerMemory | None:
         """What some rows read in one layer; None for nothing."""
         whole = (start, stop) == (0, len(self))
-        if self._placed is None and whole and self._num_bytes <= _AT_ONCE_BYTES:
+        if self._placed is None and whole and self._is_small:
             self.place()
         if self._placed is not None:
             layer = self._placed.get(number)
@@ -72,16 +72,18 @@ class PieceMemory:
             self._placed = {}
             with self._statistics.timed("inject_ms"):
                 for group in self._placer.groups:
-                    layers = self._placer.place(group, self._rows)
-                    self._placed |= dict(zip(group, layers, strict=True))
+                    parts = [group] if self._is_small else [[layer] for layer in group]
+                    for part in parts:
+                        layers = self._placer.place(part, self._rows)
+                        self._placed |= dict(zip(part, layers, strict=True))
         return self
 
     @property
-    def _num_bytes(self) -> int:
-        """Of all rows in all layers, placed."""
-        memories, num_rows = self._rows.memories, self._rows.index_rk.numel()
+    def _is_small(self) -> bool:
+        """Whether all rows in all layers are few bytes, once placed."""
+        memories, count = self._rows.memories, self._rows.index_rk.numel()
         one = memories.keys_nstd[0].numel() if len(memories) else 0
-        return 2 * one * num_rows * self._placer.host.dtype.itemsize
+        return 2 * one * count * self._placer.host.dtype.itemsize <= _AT_ONCE_BYTES
 
     def select(self, rows: Tensor) -> PieceMemory:
         """The same for other rows, by index."""

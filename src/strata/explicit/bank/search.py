@@ -90,6 +90,7 @@ def by_words(store: Store, text: str, top_k: int, where: Mapping[str, Any] | Non
 
     _check_top_k(top_k)
     records.encoded(text, "query")
+    store.warm("text_idx")
     found = store.find(
         "_score",
         full_text_query=MatchQuery(text[:_MAX_QUERY_CHARACTERS], "text"),
