@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,12 @@ def tight_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def prepare_to(tokenizer: Path) -> Prepare:
     """`prepare_to(out, source, ..., seed=7)`: prepare with the tiny tokenizer."""
 
-    def run(out: Path, *sources: Path, **options: object) -> TokenManifest:
+    def run(
+        out: Path, *sources: Path, val_sources: Sequence[Path] = (), **options: object
+    ) -> TokenManifest:
         config = PrepareConfig.model_validate(options)
-        return prepare(list(sources), out=out, tokenizer=tokenizer, config=config)
+        return prepare(
+            list(sources), out=out, tokenizer=tokenizer, config=config, val_sources=val_sources
+        )
 
     return run

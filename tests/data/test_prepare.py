@@ -115,6 +115,24 @@ def test_the_shuffle_of_what_remains_does_not_depend_on_the_split(
     assert texts_in(tmp_path / "part") == [t for t in texts_in(tmp_path / "all") if t in rest]
 
 
+def test_val_sources_are_val_and_nothing_else_is(
+    tmp_path: Path, prepare_to: Prepare, tight_memory: None
+) -> None:
+    texts = make_texts(300)
+    train = write_jsonl(tmp_path / "train.jsonl", texts[:200])
+    val = [write_jsonl(tmp_path / f"{n}.jsonl", texts[n : n + 50]) for n in (200, 250)]
+    prepare_to(tmp_path / "out", train, val_sources=val, shuffle=False, shard_tokens=900)
+    assert texts_in(tmp_path / "out") == texts[:200]
+    assert texts_in(tmp_path / "out", "val") == texts[200:]
+    prepare_to(tmp_path / "both", train, val_sources=val, val_fraction=0.3)
+    found = set(texts_in(tmp_path / "both", "val"))
+    assert found > set(texts[200:]) and 0.15 < len(found - set(texts[200:])) / 200 < 0.45
+    with pytest.raises(DataError, match="the sources of val are others"):
+        prepare_to(tmp_path / "out", train, val_sources=val[:1], shuffle=False, shard_tokens=900)
+    with pytest.raises(DataError, match="is given twice"):
+        prepare_to(tmp_path / "twice", train, val_sources=[train])
+
+
 def test_prompts_carry_no_loss(tmp_path: Path, prepare_to: Prepare, tokenizer: Path) -> None:
     rows = [
         {"prompt": "where runs the river?", "completion": " to sea"},
@@ -172,7 +190,8 @@ def test_dying_at_any_commit_changes_nothing(
     tmp_path: Path, prepare_to: Prepare, tight_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(400))
-    options = {"val_fraction": 0.2, "shard_tokens": 900}
+    val = write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
+    options = {"val_fraction": 0.2, "shard_tokens": 900, "val_sources": [val]}
     prepare_to(tmp_path / "whole", source, **options)
 
     replace = manifest_file.os.replace
@@ -287,6 +306,6 @@ def test_command_line_defaults_are_the_configuration() -> None:
         )
     )
     assert defaults.pop("paragraphs") is False and fields["txt_documents"].default == "file"
-    assert defaults.pop("as_json") is False
+    assert defaults.pop("as_json") is False and defaults.pop("val") is None
     for name, default in defaults.items():
         assert fields[name].default == default, name

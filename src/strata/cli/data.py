@@ -26,6 +26,9 @@ def prepare_data(
     seed: Annotated[int, typer.Option(help="of the shuffle and the validation split")] = 42,
     shuffle: Annotated[bool, typer.Option(help="one random order of all documents")] = True,
     val_fraction: Annotated[float, typer.Option(help="share of documents kept for val")] = 0.0,
+    val: Annotated[
+        list[Path] | None, typer.Option(help="file or folder that is all val (repeatable)")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="field or column of the text")] = "text",
     paragraphs: Annotated[
         bool, typer.Option("--paragraphs", help="each block of a txt file is a document")
@@ -66,7 +69,12 @@ def prepare_data(
     was_complete = (out / MANIFEST_NAME).is_file()
     try:
         manifest = prepare(
-            sources, out=out, tokenizer=tokenizer, config=config, progress=not as_json
+            sources,
+            out=out,
+            tokenizer=tokenizer,
+            config=config,
+            val_sources=val or (),
+            progress=not as_json,
         )
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)

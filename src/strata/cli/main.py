@@ -16,6 +16,7 @@ from strata.cli.eval_memory import evaluate_memory
 from strata.cli.generate import generate
 from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
+from strata.cli.reader import data as reader_data
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
 from strata.errors import StrataError
@@ -55,6 +56,10 @@ bench_app.command("train")(bench_train)
 bench_app.command("decode")(bench_decode)
 bench_app.command("memory")(bench_memory)
 app.add_typer(bench_app, name="bench")
+
+reader_app = typer.Typer(help="A small decoder that learns to read.", no_args_is_help=True)
+reader_app.command("data")(reader_data)
+app.add_typer(reader_app, name="reader")
 
 tokenizer_app = typer.Typer(help="A vocabulary of one's own.", no_args_is_help=True)
 tokenizer_app.command("train")(train_tokenizer)

@@ -41,12 +41,14 @@ class TextBatch:
         end: the position behind the last record looked at.
         num_empty: records without text that were left out.
         bytes_read: of all sources so far, for progress.
+        is_val: all of them belong to the validation split.
     """
 
     documents: list[Document]
     end: Position
     num_empty: int
     bytes_read: int
+    is_val: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class TextEncoder:
                 flat.extend(ids)
             lengths.append(len(flat) - start)
             loss_from.append(len(self.prefix) + len(prompt) if document.prompt else 0)
-            is_val.append(self._is_val(document))
+            is_val.append(batch.is_val or self._is_val(document))
         documents = Documents(
             tokens=np.array(flat, self.dtype),
             lengths=np.array(lengths, np.int64),
@@ -210,14 +212,26 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_batches(
-    sources: Sequence[Source], *, options: ReadOptions, start: Position, batch_bytes: int
+    sources: Sequence[Source],
+    *,
+    options: ReadOptions,
+    start: Position,
+    batch_bytes: int,
+    num_train: int,
 ) -> Iterator[TextBatch]:
-    """Group the documents of all sources, from `start` on, into batches of about `batch_bytes`."""
+    """Group the documents of all sources, from `start` on, into batches of about `batch_bytes`.
+
+    The sources behind the first `num_train` are validation; no batch holds both kinds.
+    """
     documents: list[Document] = []
     end = start
     size_bytes = num_empty = 0
     done_bytes = sum(source.entry.num_bytes for source in sources[: start.source])
     for number in range(start.source, len(sources)):
+        is_val = number >= num_train
+        if number == num_train and documents:
+            yield TextBatch(documents, end, num_empty, done_bytes)
+            documents, size_bytes, num_empty = [], 0, 0
         skip = start.record if number == start.source else 0
         for document in read_documents(sources[number], options=options, skip=skip):
             end = Position(number, document.record)
@@ -227,10 +241,12 @@ def read_batches(
             documents.append(document)
             size_bytes += _size_bytes(document)
             if size_bytes >= batch_bytes or len(documents) >= _MAX_BATCH_DOCUMENTS:
-                yield TextBatch(documents, end, num_empty, done_bytes + document.bytes_read)
+                bytes_read = done_bytes + document.bytes_read
+                yield TextBatch(documents, end, num_empty, bytes_read, is_val)
                 documents, size_bytes, num_empty = [], 0, 0
         done_bytes += sources[number].entry.num_bytes
-    yield TextBatch(documents, end, num_empty, done_bytes)
+    is_val = len(sources) > num_train
+    yield TextBatch(documents, end, num_empty, done_bytes, is_val)
 
 
 def _size_bytes(document: Document) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +15,7 @@ from tokenizers import Tokenizer
 
 from strata.data.dataset import TokenDataset
 from strata.data.leaks import leaks
-from strata.data.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    read_manifest,
-    sha256_of,
-    sync,
-    sync_folder,
-    write_json,
-)
+from strata.data.manifest import MANIFEST_NAME, read_manifest, write_json
 from strata.data.prepare import storage_errors
 from strata.data.progress import ProgressBar
 from strata.data.references import (
@@ -37,12 +28,11 @@ from strata.data.references import (
     ReferencesConfig,
     ReferencesManifest,
     data_identity,
-    named,
     read_model,
     read_references,
     refuse_other_origin,
 )
-from strata.data.shards import NpyWriter
+from strata.data.write_references import part_ends, write_part
 from strata.errors import DataError
 
 _SEARCHED_AT_ONCE = 256
@@ -149,7 +139,7 @@ class _Finder:
         self._tokens_kept: OrderedDict[str, list[int]] = OrderedDict()
         lengths = dataset.document_lengths().astype(np.int64)
         self._token_ends = tokens_before + np.cumsum(lengths)
-        self._chunk_ends = np.cumsum(-(-lengths // config.chunk_tokens))
+        self._chunk_counts = -(-lengths // config.chunk_tokens)
 
     def tokens_done(self, documents: int) -> int:
         """Tokens of the splits before and of this many documents, at least one."""
@@ -157,12 +147,10 @@ class _Finder:
 
     def parts(self, first: int) -> Iterator[tuple[int, int]]:
         """Ranges of documents of about `part_chunks` chunks, from a document on."""
-        while first < len(self._chunk_ends):
-            before = int(self._chunk_ends[first - 1]) if first else 0
-            reach = before + self._config.part_chunks
-            end = max(first + 1, int(np.searchsorted(self._chunk_ends, reach, side="right")))
-            yield first, end
-            first = end
+        begin = first
+        for count in part_ends(self._chunk_counts[first:], self._config.part_chunks):
+            yield begin, first + count
+            begin = first + count
 
     def write(self, base: Path, begin: int, end: int) -> PartEntry:
         """Choose for some documents and write their files."""
@@ -184,19 +172,7 @@ class _Finder:
                             found.append(hit)
                         break
                 chosen.append(choice)
-        chunks = _write_array(base, "chunks", np.array(chosen, np.int32))
-        lines, references = _write_lines(base, found)
-        sync_folder(base.parent)
-        return PartEntry(
-            num_documents=end - begin,
-            num_chunks=len(chosen),
-            num_found=sum(choice != NONE for choice in chosen),
-            num_leaks=num_leaks,
-            num_references=len(found),
-            chunks=chunks,
-            lines=lines,
-            references=references,
-        )
+        return write_part(base, chosen, found, num_documents=end - begin, num_leaks=num_leaks)
 
     def _hits(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, list[list[Any]]]]:
         """Each document and the hits of each of its chunks, searched many at once."""
@@ -267,23 +243,3 @@ def _held(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _write_array(base: Path, kind: str, values: np.ndarray) -> FileEntry:
-    writer = NpyWriter(named(base, f"{kind}.npy"), values.dtype)
-    writer.append(values)
-    return writer.finish()
-
-
-def _write_lines(base: Path, found: Sequence[Found]) -> tuple[FileEntry, FileEntry]:
-    path = named(base, "references.jsonl")
-    temporary = path.with_name(path.name + ".tmp")
-    starts = [0]
-    with open(temporary, "wb") as file:
-        for hit in found:
-            row = {"id": hit.id, "source": hit.source, "text": hit.text}
-            starts.append(starts[-1] + file.write(json.dumps(row).encode() + b"\n"))
-        sync(file.fileno())
-    os.replace(temporary, path)
-    entry = FileEntry(num_bytes=path.stat().st_size, sha256=sha256_of(path))
-    return _write_array(base, "lines", np.array(starts, np.int64)), entry

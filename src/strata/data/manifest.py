@@ -61,6 +61,7 @@ class PreparedFrom(FrozenConfig):
     """Everything that decides the bytes of a token folder; equal origins give equal bytes."""
 
     sources: tuple[SourceEntry, ...]
+    val_sources: tuple[SourceEntry, ...] = ()
     tokenizer_sha256: str
     seed: int
     shuffle: bool
@@ -82,7 +83,7 @@ class TokenManifest(FrozenConfig):
         eos_id, bos_id, pad_id: ids of the tokenizer's special tokens, None where it has none.
         num_tokens, num_documents: sums over the splits.
         num_empty: source records left out because they hold no text.
-        splits: `train`, and `val` where `val_fraction` > 0.
+        splits: `train`, and `val` where `val_fraction` > 0 or sources of it were given.
         prepared_from: the arguments and sources.
     """
 
@@ -138,6 +139,8 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
         if old != new:
             if name == "sources":
                 differing.append("the sources are others or have changed")
+            elif name == "val_sources":
+                differing.append("the sources of val are others or have changed")
             elif name == "tokenizer_sha256":
                 differing.append("the tokenizer is another")
             else:

@@ -69,6 +69,7 @@ class Passes:
         work: where the state and the spill are.
         out: where the splits go.
         files: what to read.
+        num_train: how many of them, from the first; the others' documents all go to val.
         encoder: the tokenizer.
         config: the user's configuration.
         plan: how much memory goes where.
@@ -85,6 +86,7 @@ class Passes:
         *,
         out: Path,
         files: list[Source],
+        num_train: int,
         encoder: TextEncoder,
         config: PrepareConfig,
         plan: MemoryPlan,
@@ -94,6 +96,7 @@ class Passes:
         self._work = work
         self._out = out
         self._files = files
+        self._num_train = num_train
         self._encoder = encoder
         self._config = config
         self._plan = plan
@@ -111,7 +114,8 @@ class Passes:
         return self._manifest()
 
     def _splits(self) -> list[Split]:
-        return ["train", "val"] if self._config.val_fraction > 0 else ["train"]
+        has_val = self._config.val_fraction > 0 or self._num_train < len(self._files)
+        return ["train", "val"] if has_val else ["train"]
 
     def _commit(self, **changes: object) -> None:
         self._state = self._state.model_copy(update=changes)
@@ -130,6 +134,7 @@ class Passes:
             options=options,
             start=Position(self._state.position_source, self._state.position_record),
             batch_bytes=self._plan.batch_bytes,
+            num_train=self._num_train,
         )
         total_bytes = sum(file.entry.num_bytes for file in self._files)
         num_tokens = sum(run.num_tokens for run in self._state.runs)

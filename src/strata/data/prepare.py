@@ -130,6 +130,7 @@ def prepare(
     out: Path,
     tokenizer: Path,
     config: PrepareConfig,
+    val_sources: Sequence[Path] = (),
     progress: bool = False,
 ) -> TokenManifest:
     """Tokenise, shuffle and shard documents into a folder that `TokenDataset.open` reads.
@@ -142,6 +143,8 @@ def prepare(
         out: the folder to make.
         tokenizer: a folder with a tokenizer.json.
         config: how.
+        val_sources: files or folders of which every document goes to `val`, whatever
+            `val_fraction` says.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -152,8 +155,9 @@ def prepare(
         StorageError: the disk is full or `out` cannot be written; what was done so far is kept.
     """
     out, tokenizer = Path(out), Path(tokenizer)
-    files = find_sources([Path(source) for source in sources])
-    _refuse_out_inside(sources, out)
+    files = find_sources([Path(source) for source in (*sources, *val_sources)])
+    num_train = len(find_sources([Path(source) for source in sources]))
+    _refuse_out_inside([*sources, *val_sources], out)
     encoder = load_encoder(
         tokenizer,
         append_eos=config.append_eos,
@@ -163,7 +167,8 @@ def prepare(
         seed=config.seed,
     )
     prepared_from = PreparedFrom(
-        sources=tuple(file.entry for file in files),
+        sources=tuple(file.entry for file in files[:num_train]),
+        val_sources=tuple(file.entry for file in files[num_train:]),
         tokenizer_sha256=encoder.sha256,
         prepend_bos=bool(encoder.prefix),
         **config.model_dump(exclude={"memory_gb", "prepend_bos"}),
@@ -180,6 +185,7 @@ def prepare(
                 work,
                 out=out,
                 files=files,
+                num_train=num_train,
                 encoder=encoder,
                 config=config,
                 plan=plan_memory(config.memory_gb),

@@ -1,0 +1,352 @@
+"""From questions and articles to everything that the reader is taught and asked with.
+
+OUT/made_from.yaml                the settings, and the sources
+OUT/tokenizer/                    trained on the texts
+OUT/text/LEVEL/tokens/            stage 1, prepared: references stand in the text
+OUT/memory/LEVEL/tokens/          stage 2, prepared: references are memories
+OUT/memory/LEVEL/references/      and those
+OUT/{text,memory}/LEVEL/rows/     both as JSON lines, for the eye
+OUT/eval/{val,test}/              a bank's documents and questions
+OUT/report.json                   what was made
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from tokenizers import Tokenizer
+
+from strata.config import FrozenConfig, dump_yaml, load_config
+from strata.data.facts.entities import (
+    EntityFact,
+    EntitySplits,
+    Names,
+    load_facts,
+    question_files,
+    split_facts,
+)
+from strata.data.prepare import PrepareConfig, prepare, storage_errors
+from strata.data.references import Chosen, ReferencesConfig
+from strata.data.sources import SourceEntry, find_sources
+from strata.data.tokenizer import train_tokenizer
+from strata.data.write_references import write_references
+from strata.errors import ConfigError, DataError
+from strata.reader.draw import Draw
+from strata.reader.evaluation import write_evaluation
+from strata.reader.prose import Prose, Split
+from strata.reader.rows import Row, memory_row, prose_row, text_row
+from strata.reader.settings import Level, ReaderData
+from strata.reader.writing import Count, Writer, count_with
+
+ORIGIN_NAME = "made_from.yaml"
+REPORT_NAME = "report.json"
+EXTRACT = ("val_share=0.06", "bank_references=600", "questions=300")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """One level: rows by kind, tokens, questions' references and chunks that have one."""
+
+    rows: dict[str, int]
+    tokens: int
+    val_tokens: int
+    references: int
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What was made.
+
+    Attributes:
+        facts: by split.
+        left_out: facts whose names are too long or give the answer away.
+        in_train: subjects of the dev file left out because they are subjects in the train file.
+        named_in_train: further ones left out because a training fact names them.
+        folders: by "stage/level".
+        banks: references and questions, by split.
+    """
+
+    facts: dict[str, int]
+    left_out: int
+    in_train: int
+    named_in_train: int
+    folders: dict[str, FolderReport]
+    banks: dict[str, tuple[int, int]]
+
+
+class _MadeFrom(FrozenConfig):
+    """Everything that decides the bytes of the folder."""
+
+    questions: tuple[SourceEntry, ...]
+    prose: tuple[SourceEntry, ...]
+    settings: ReaderData
+
+
+def read_settings(overrides: Sequence[str] = (), *, extract: bool = False) -> ReaderData:
+    """The settings that come with strata, with `a.b=c` overrides.
+
+    Args:
+        overrides: these win.
+        extract: for the extract of questions that comes with strata, whose bank is smaller.
+    """
+    with resources.as_file(resources.files(__package__) / "data.yaml") as path:
+        return load_config(ReaderData, path, [*(EXTRACT if extract else ()), *overrides])
+
+
+def make_data(
+    questions: Path | None,
+    prose: Sequence[Path],
+    *,
+    out: Path,
+    config: ReaderData,
+    say: Say = lambda line: None,
+) -> DataReport:
+    """Make all texts, a folder at a time; finished folders of the same settings are kept.
+
+    Args:
+        questions: the folder of EntityQuestions' train and dev files; None takes the extract that
+            comes with strata.
+        prose: files or folders of articles, as for `strata data prepare`; none for texts of
+            facts alone.
+        out: the folder to make.
+        config: how.
+        say: told what was done, a line a folder.
+
+    Raises:
+        DataError: a source cannot be used.
+        ConfigError: `out` was made from other settings or sources, or holds other files.
+        StorageError: the disk is full or `out` cannot be written.
+    """
+    out = Path(out)
+    articles = find_sources(prose) if prose else []
+    made_from = _MadeFrom(
+        questions=tuple(file.entry for file in question_files(questions)),
+        prose=tuple(file.entry for file in articles),
+        settings=config,
+    )
+    splits, left_out = _read_splits(questions, config)
+    _keep_origin(out, made_from)
+    say(
+        f"{len(splits.train):,} facts to train on, {len(splits.val):,} for validation, "
+        f"{len(splits.test):,} for the test"
+    )
+    avoid = Names({fact.subject for fact in (*splits.val, *splits.test)})
+    maker = _Maker(out, config, splits, Prose(articles, avoid=avoid, seed=config.seed))
+    maker.tokenizer()
+    folders = {}
+    for stage, name, level in _levels(config):
+        folders[f"{stage}/{name}"] = made = maker.folder(stage, name, level)
+        say(f"{stage}/{name}: {made.tokens:,} tokens in {sum(made.rows.values()):,} rows")
+    banks: dict[str, tuple[int, int]] = {}
+    held: tuple[tuple[Split, float], ...] = (("val", 0.25), ("test", 1.0))
+    for split, share in held:
+        facts = getattr(splits, split)
+        writer = maker.writer(split, true=True)
+        banks[split] = write_evaluation(
+            out / "eval" / split, writer, facts, split=split, share=share
+        )
+        say(f"eval/{split}: {banks[split][0]:,} references, {banks[split][1]:,} questions")
+    report = DataReport(
+        facts={"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
+        left_out=left_out,
+        in_train=splits.in_train,
+        named_in_train=splits.named_in_train,
+        folders=folders,
+        banks=banks,
+    )
+    (out / REPORT_NAME).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _read_splits(questions: Path | None, config: ReaderData) -> tuple[EntitySplits, int]:
+    train, dev, left_out = load_facts(questions, max_bytes=config.max_name_bytes)
+    splits = split_facts(train, dev, val_share=config.val_share, seed=config.seed)
+    for name in ("train", "val", "test"):
+        if not getattr(splits, name):
+            raise DataError(f"no facts for {name}: give more questions, or a larger val_share")
+    return splits, left_out
+
+
+def _levels(config: ReaderData) -> Iterator[tuple[str, str, Level]]:
+    """Stage, name and settings of the levels that are made."""
+    for stage, levels in (("text", config.text), ("memory", config.memory)):
+        yield from ((stage, name, level) for name, level in levels.items() if level.tokens)
+
+
+def _keep_origin(out: Path, given: _MadeFrom) -> None:
+    """Write down what a folder is made from, or refuse one that was made from something else."""
+    path = out / ORIGIN_NAME
+    with storage_errors(out):
+        if path.exists():
+            there = load_config(_MadeFrom, path)
+            differing = [name for name, value in given if value != getattr(there, name)]
+            if differing:
+                raise ConfigError(
+                    f"{out} was made from other {' and '.join(differing)} ({path} says which): "
+                    "give another --out or delete it"
+                )
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ConfigError(f"{out} exists and holds other files: give an empty or new --out")
+        with _replacing(path) as file:
+            file.write(dump_yaml(given))
+
+
+class _Maker:
+    """Makes the folders of one run, each from draws of its own."""
+
+    def __init__(
+        self, out: Path, config: ReaderData, splits: EntitySplits, articles: Prose
+    ) -> None:
+        self._out = out
+        self._config = config
+        self._splits = splits
+        self._articles = articles
+        self._fillers: dict[str, list[str]] = {}
+        self._count: Count = _guess
+
+    def tokenizer(self) -> None:
+        """Train the tokenizer on rows of every level, unless it is there."""
+        folder = self._out / "tokenizer"
+        if not folder.exists():
+            sample = self._out / "tokenizer-rows.jsonl"
+            with _replacing(sample) as file:
+                for stage, name, level in _levels(self._config):
+                    rows = self._rows(stage, name, level, "train", purpose="tokenizer")
+                    for row in islice(rows, self._config.tokenizer_rows):
+                        texts = [row.text, *(own.text for own in row.own if own)]
+                        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            train_tokenizer([sample], out=folder, vocab_size=self._config.vocab_size, add_bos=True)
+        self._count = count_with(Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+    def folder(self, stage: str, name: str, level: Level) -> FolderReport:
+        """Write and prepare one level, and its references where it has them."""
+        base = self._out / stage / name
+        sides: tuple[Split, ...] = ("train", "val")
+        files = {split: base / "rows" / f"{split}.jsonl" for split in sides}
+        for split, path in files.items():
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write_rows(path, stage, name, level, split)
+        manifest = prepare(
+            [files["train"]],
+            val_sources=[files["val"]],
+            out=base / "tokens",
+            tokenizer=self._out / "tokenizer",
+            config=PrepareConfig(shuffle=False, seed=self._config.seed),
+        )
+        num_references = 0
+        if stage == "memory":
+            num_references = write_references(
+                base / "tokens",
+                out=base / "references",
+                own={str(split): _read_own(path) for split, path in files.items()},
+                origin={"rows": _identity(self._config, level)},
+                config=ReferencesConfig(chunk_tokens=self._config.chunk_tokens),
+            ).count("num_references")
+        rows = Counter(_read(files["train"], "kind"))
+        return FolderReport(
+            rows=dict(sorted(rows.items())),
+            tokens=manifest.splits["train"].num_tokens,
+            val_tokens=manifest.splits["val"].num_tokens,
+            references=num_references,
+        )
+
+    def writer(self, split: Split, *, true: bool = False) -> Writer:
+        """A writer of a split's facts and prose."""
+        if split not in self._fillers:
+            self._fillers[split] = self._articles.fillers(split)
+        facts: list[EntityFact] = getattr(self._splits, split)
+        return Writer(
+            facts,
+            fillers=self._fillers[split],
+            config=self._config,
+            count=self._count,
+            true=true,
+        )
+
+    def _write_rows(self, path: Path, stage: str, name: str, level: Level, split: Split) -> None:
+        rows = self._rows(stage, name, level, split)
+        tokens = num_rows = 0
+        with _replacing(path) as file:
+            for row in rows:
+                tree: dict[str, Any] = {"text": row.text, "kind": row.kind}
+                if stage == "memory":
+                    tree["own"] = [one and {"id": one.id, "text": one.text} for one in row.own]
+                file.write(json.dumps(tree, ensure_ascii=False) + "\n")
+                tokens, num_rows = tokens + row.num_tokens, num_rows + 1
+                if num_rows == self._config.val_rows if split == "val" else tokens >= level.tokens:
+                    return
+
+    def _rows(
+        self, stage: str, name: str, level: Level, split: Split, *, purpose: str = "rows"
+    ) -> Iterator[Row]:
+        """Rows without end."""
+        config, writer = self._config, self.writer(split)
+        paragraphs = self._endless_paragraphs(split)
+        texts = list(config.text.values())
+        plain = config.plain if self._articles else 0.0
+        number = 0
+        while True:
+            draw = Draw(config.seed, purpose, stage, name, split, number)
+            if draw.chance(plain):
+                yield prose_row(writer, paragraphs, level)
+            elif stage == "text":
+                yield text_row(writer, draw, level)
+            elif texts and draw.chance(config.as_text / (1 - plain)):
+                yield text_row(writer, draw, _as_text(texts[-1], level))
+            else:
+                yield memory_row(writer, draw, level, f"{split}.{number}")
+            number += 1
+
+    def _endless_paragraphs(self, split: Split) -> Iterator[list[str]]:
+        while True:
+            yield from self._articles.paragraphs(split)
+
+
+def _as_text(level: Level, among: Level) -> Level:
+    """A level of references as text, as long as the rows among which it stands."""
+    return level.model_copy(update={"row_tokens": among.row_tokens})
+
+
+def _guess(texts: Sequence[str]) -> list[int]:
+    """About how many tokens texts have, before there is a tokenizer."""
+    return [len(text) // 3 + 1 for text in texts]
+
+
+def _identity(config: ReaderData, level: Level) -> str:
+    text = f"{config.model_dump_json()}\n{level.model_dump_json()}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_own(path: Path) -> Iterator[list[Chosen | None]]:
+    for own in _read(path, "own"):
+        yield [one and Chosen(one["id"], "reader", one["text"]) for one in own]
+
+
+def _read(path: Path, field: str) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)[field]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file that has its name once it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with storage_errors(path), temporary.open("w", encoding="utf-8") as file:
+        yield file
+    os.replace(temporary, path)
