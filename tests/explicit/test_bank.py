@@ -407,6 +407,27 @@ def test_vectors_in_ram_find_what_lance_finds(bank: Bank, monkeypatch: pytest.Mo
     assert not any("Stone 11 " in text for text, _ in hits_of(bank, "stone 11", 80))
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-4, 1.0], ids=["equal", "too near for fp16", "anywhere"])
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+def test_vectors_in_ram_are_ranked_as_in_fp32(apart: float, some: bool) -> None:
+    rng = np.random.default_rng(3)
+    table = object.__new__(vectors.VectorTable)
+    rows = np.float32(rng.normal(size=(1, 48)) + apart * rng.normal(size=(3000, 48)))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    table.unit_nd = torch.from_numpy(rows)
+    table.half_nd = table.unit_nd.half()
+    table.addresses_n = np.arange(10, 3010, dtype=np.uint64)
+    among = np.arange(20, 3000, 7, dtype=np.uint64) if some else None
+    query = np.float32(rng.normal(size=48)) if apart == 1.0 else rows[5] + np.float32(0.1)
+    got, cosines = table.nearest(query, 9, among)
+    allowed = np.arange(3000) if among is None else among.astype(int) - 10
+    want = rows[allowed].astype(np.float64) @ (query / np.linalg.norm(query)).astype(np.float64)
+    np.testing.assert_allclose(cosines, np.sort(want)[::-1][:9], atol=3e-7)
+    mine = want[np.searchsorted(allowed, np.array(got) - 10)]
+    np.testing.assert_allclose(mine, cosines, atol=3e-7)
+    assert len(set(got)) == 9 and set(got) <= set((allowed + 10).tolist())
+
+
 def test_rows_seen_before_are_read_where_they_are_now(
     bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
