@@ -18,6 +18,7 @@ from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
+from strata.cli.tune import dpo, sft
 from strata.errors import StrataError
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(sft)
+app.command()(dpo)
 app.command()(generate)
 app.command()(ask)
 app.command()(chat)
