@@ -186,6 +186,22 @@ def test_stopped_and_resumed_is_uninterrupted(
         assert losses[0][step] == losses[1][step]
 
 
+def test_low_precision_and_checkpointing_learn_as_well(recipe: Make, tmp_path: Path) -> None:
+    """Memories are written under autocast too, and read again in the backward pass."""
+    losses = []
+    for number, options in enumerate(
+        ((), ("model.gradient_checkpointing=true",), ("run.precision=bf16",))
+    ):
+        result = sft(
+            recipe("sft", "run.steps=4", f"run.dir={tmp_path / str(number)}", *options),
+            progress=False,
+        )
+        assert result.after is not None
+        losses.append(result.after["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=0.03)
+
+
 def cli(*arguments: object) -> Result:
     return CliRunner().invoke(app, [*map(str, arguments)])
 

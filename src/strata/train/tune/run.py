@@ -15,7 +15,8 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -146,7 +147,7 @@ def _run(recipe: TuneRecipe, kind: Kind, *, fresh: bool, progress: bool) -> Tune
         folder.write_recipe()
         (folder.dir / SOURCES_NAME).write_text(json.dumps(split.fingerprints), encoding="utf-8")
         start_step = 0 if checkpoint is None else int(checkpoint.name.partition("-")[2])
-        with StopRequest() as stop:
+        with StopRequest() as stop, _without_trl_warnings():
             recorder = _Recorder(recipe, start_step=start_step, stop=stop, progress=progress)
             try:
                 trainer.add_callback(recorder)
@@ -213,6 +214,7 @@ def _trainer(
 
     from strata.train.tune.trainers import MemoryDPOTrainer, MemorySFTTrainer
 
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     held = split.validation
     common: dict[str, Any] = {
@@ -225,8 +227,7 @@ def _trainer(
         "clip_norm_values": recipe.run.clip_norm_values,
     }
     settings = _arguments(recipe, validate=bool(held), cpu=cpu)
-    with warnings.catch_warnings():  # the name is TRL's
-        warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+    with _without_trl_warnings():
         if kind == "sft":
             args: Any = SFTConfig(**settings, completion_only_loss=True)
         else:
@@ -235,7 +236,17 @@ def _trainer(
         MemorySFTTrainer if kind == "sft" else MemoryDPOTrainer
     )(model, args=args, **common)
     trainer.remove_callback(PrinterCallback)
+    if bars:
+        datasets.enable_progress_bars()
     return trainer
+
+
+@contextmanager
+def _without_trl_warnings() -> Iterator[None]:
+    """Transformers renames what TRL calls gradient_checkpointing; nobody can act on it here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+        yield
 
 
 def _arguments(recipe: TuneRecipe, *, validate: bool, cpu: bool) -> dict[str, Any]:
