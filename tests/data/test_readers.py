@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from tiny_documents import make_texts
 
-from strata.data.readers import Document, ReadOptions, read_documents
+from strata.data.readers import Document, ReadOptions, read_documents, read_rows
 from strata.data.sources import find_sources
 from strata.errors import DataError
 
@@ -118,3 +118,20 @@ def test_a_source_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match="given twice"):
         find_sources([tmp_path, tmp_path / "a.txt"])
+
+
+def test_rows_keep_their_nested_fields(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "Where?"}], "references": ["a", "b"]},
+        {"messages": [{"role": "user", "content": "Who?"}], "references": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    for suffix, noun in (("parquet", "row"), ("jsonl", "line")):
+        path = tmp_path / f"rows.{suffix}"
+        found = list(read_rows(find_sources([path])[0]))
+        assert [row for _, row in found] == rows
+        assert [where for where, _ in found] == [f"{path}, {noun} 1", f"{path}, {noun} 2"]
+    (tmp_path / "rows.txt").write_text("text")
+    with pytest.raises(DataError, match="rows with fields come from jsonl or parquet"):
+        list(read_rows(find_sources([tmp_path / "rows.txt"])[0]))

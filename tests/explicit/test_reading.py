@@ -396,3 +396,27 @@ def test_what_does_not_fit_is_refused(make_host: MakeHost) -> None:
         pytest.raises(AttachError, match="attention_dropout to 0"),
     ):
         dropping(input_ids=IDS)
+
+
+def test_chunks_may_name_what_they_read(make_host: MakeHost) -> None:
+    """One list for a whole row, one for each chunk, and tokens of a chunk that read a part."""
+    model = make_host()
+    encoder, reading = reader(model)
+    memories = encoder.encode(texts())
+    index = torch.tensor([[[0, 3]], [[2, -1]]])
+    held = torch.zeros(2, 5, CHUNK, 2, dtype=torch.bool)
+    held[:, :, :3] = True
+
+    def logits(index_bcr: Tensor, held_bcnr: Tensor | None = None) -> Tensor:
+        with torch.no_grad(), reading.of_chunks(memories, index_bcr, held_bcnr=held_bcnr):
+            return model(IDS).logits
+
+    whole, part = logits(index), logits(index, held)
+    torch.testing.assert_close(logits(index.expand(-1, 5, -1)), whole)
+    torch.testing.assert_close(part[:, :3], whole[:, :3])
+    assert float((part - whole)[:, 3:].abs().max()) > 1e-2
+    torch.testing.assert_close(logits(index.expand(-1, 5, -1), held), part)
+    with pytest.raises(AttachError, match="2 rows of 4 chunks"):
+        logits(index.expand(-1, 4, -1))
+    with pytest.raises(AttachError, match="there are 4"):
+        logits(index + 1)

@@ -19,6 +19,7 @@ from strata.cli.quickstart import quickstart
 from strata.cli.reader import data as reader_data
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
+from strata.cli.tune import dpo, sft
 from strata.errors import StrataError
 
 app = typer.Typer(
@@ -29,6 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(sft)
+app.command()(dpo)
 app.command()(generate)
 app.command()(ask)
 app.command()(chat)

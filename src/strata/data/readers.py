@@ -86,6 +86,46 @@ def read_documents(source: Source, *, options: ReadOptions, skip: int = 0) -> It
             yield _read_txt(source.path, options)
 
 
+def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream the rows of one jsonl or parquet file as they are, nested fields included.
+
+    Args:
+        source: the file.
+
+    Yields:
+        Where a row stands, for messages, and its fields. Blank lines are left out.
+
+    Raises:
+        DataError: the file is damaged, not UTF-8, a txt file, or a line is no JSON object or too
+            long; the line says where.
+    """
+    path = source.path
+    with _refusing_damage(path):
+        if source.suffix == ".parquet":
+            with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+                number = 0
+                for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, use_threads=False):
+                    for row in _pylist(batch, f"{path}, row {number + 1}"):
+                        number += 1
+                        yield f"{path}, row {number}", row
+        elif source.suffix.startswith(".jsonl"):
+            with _open(path) as (stream, _):
+                for number, _, line in _lines(path, stream, ReadOptions()):
+                    if line.strip():
+                        where = f"{path}, line {number}"
+                        yield where, _parse_object(line, where)
+        else:
+            raise DataError(f"{path} has no fields: rows with fields come from jsonl or parquet")
+
+
+def _pylist(batch: pa.RecordBatch, where: str) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        raise DataError(f"{where} or one of the {batch.num_rows} from it on is not UTF-8") from None
+    return rows
+
+
 @contextmanager
 def _refusing_damage(path: Path) -> Iterator[None]:
     """Turn what the decoders raise on a damaged file into one line."""
@@ -190,6 +230,15 @@ def _read_jsonl(path: Path, options: ReadOptions, skip: int) -> Iterator[Documen
 
 
 def _parse_row(line: bytes, where: str, options: ReadOptions) -> tuple[str, str]:
+    row = _parse_object(line, where)
+    if options.text_field in row:
+        return _string(row, options.text_field, where), ""
+    if "prompt" in row and "completion" in row:
+        return _string(row, "completion", where), _string(row, "prompt", where)
+    raise _missing_field(where, options.text_field, list(row))
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -202,11 +251,7 @@ def _parse_row(line: bytes, where: str, options: ReadOptions) -> tuple[str, str]
         raise DataError(f"{where}: not a row: a number too long or too deep a nesting") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds {type(row).__name__}, not an object with fields")
-    if options.text_field in row:
-        return _string(row, options.text_field, where), ""
-    if "prompt" in row and "completion" in row:
-        return _string(row, "completion", where), _string(row, "prompt", where)
-    raise _missing_field(where, options.text_field, list(row))
+    return row
 
 
 def _string(row: Mapping[str, Any], field: str, where: str) -> str:

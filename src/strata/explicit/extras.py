@@ -1,4 +1,4 @@
-"""Packages that only some of explicit memory needs, imported when they are used."""
+"""Packages that only some of strata needs, imported when they are used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class MissingPackageError(StrataError):
     """What was asked for needs a package that is not installed."""
 
 
-def require(module: str, *, extra: Literal["bank", "documents"], purpose: str) -> Any:
+def require(module: str, *, extra: Literal["bank", "documents", "tune"], purpose: str) -> Any:
     """Import a module that comes with one of strata's extras.
 
     Args:

@@ -18,7 +18,7 @@ marker, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,19 +117,6 @@ class Reading:
             AttachError: memories of another shape, no such memory, or, from the forward pass,
                 another number of rows or chunks, a cache that holds tokens, attention dropout.
         """
-        if memories.keys_nstd.shape[1:] != (len(self.shape.heads), self.shape.tokens,
-                                            self.shape.head_dim):  # fmt: skip
-            raise AttachError(
-                f"memories are {tuple(memories.keys_nstd.shape[1:])}, this model reads "
-                f"({len(self.shape.heads)}, {self.shape.tokens}, {self.shape.head_dim}): encode "
-                "them with the same settings"
-            )
-        # The one look at numbers: without it a wrong index would end a process on a GPU.
-        if own_bc.numel() and not -1 <= int(own_bc.min()) <= int(own_bc.max()) < len(memories):
-            raise AttachError(
-                f"own_bc names memories {int(own_bc.min())} to {int(own_bc.max())}; there are "
-                f"{len(memories)}, and -1 stands for none"
-            )
         if documents is not None:
             b, c = own_bc.shape
             tokens = documents.of_tokens_bt.shape
@@ -140,7 +127,50 @@ class Reading:
                     f"documents of {tuple(documents.of_chunks_bc.shape)} chunks and "
                     f"{tuple(tokens)} tokens do not fit own_bc of {b} rows and {c} chunks"
                 )
-        read = self._prepare(memories, own_bc.to(self.host.device), documents)
+        own_bc = own_bc.to(self.host.device)
+        index_bcr = _before(own_bc, self.reach, fill=-1)
+        held_bcnr = None if documents is None else self._asked(documents, own_bc.shape[1])
+        with self._of_chunks(memories, index_bcr, held_bcnr, shared=False):
+            yield
+
+    def of_chunks(
+        self, memories: Memories, index_bcr: Tensor, *, held_bcnr: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Read memories named chunk by chunk meanwhile, whatever the reach.
+
+        Args:
+            memories: n of them, on the decoder's device; with a graph where gradients are wanted.
+            index_bcr: int64, which memories a chunk reads; -1 for none. c may be 1: all chunks of a
+                row read the same, and nothing is copied for each.
+            held_bcnr: bool, which of them each token of a chunk reads, each dimension 1 or of its
+                size (n: chunk_tokens); None for all.
+
+        Raises:
+            AttachError: memories of another shape, no such memory, or, from the forward pass,
+                another number of rows or chunks, a cache that holds tokens, attention dropout.
+        """
+        return self._of_chunks(memories, index_bcr, held_bcnr, shared=index_bcr.shape[1] == 1)
+
+    @contextmanager
+    def _of_chunks(
+        self, memories: Memories, index_bcr: Tensor, held_bcnr: Tensor | None, *, shared: bool
+    ) -> Iterator[None]:
+        if memories.keys_nstd.shape[1:] != (len(self.shape.heads), self.shape.tokens,
+                                            self.shape.head_dim):  # fmt: skip
+            raise AttachError(
+                f"memories are {tuple(memories.keys_nstd.shape[1:])}, this model reads "
+                f"({len(self.shape.heads)}, {self.shape.tokens}, {self.shape.head_dim}): encode "
+                "them with the same settings"
+            )
+        # The one look at numbers: without it a wrong index would end a process on a GPU.
+        if index_bcr.numel():
+            least, most = int(index_bcr.min()), int(index_bcr.max())
+            if not -1 <= least <= most < len(memories):
+                raise AttachError(
+                    f"chunks name memories {least} to {most}; there are {len(memories)}, and -1 "
+                    "stands for none"
+                )
+        read = self._prepare(memories, index_bcr.to(self.host.device), held_bcnr, shared=shared)
         with ExitStack() as stack:
             for layer in self.host.model.modules():
                 func = getattr(layer, "_gradient_checkpointing_func", None)
@@ -149,15 +179,23 @@ class Reading:
             stack.enter_context(self._reads(read, again=False))
             yield
 
+    def _asked(self, documents: Documents, chunks: int) -> Tensor:
+        """(b, c, n, reach): whether a token's document asked for what its chunk may read."""
+        n, device = self.chunk_tokens, self.host.device
+        asked_bcr = _before(documents.of_chunks_bc.to(device), self.reach, fill=-1)
+        asks_bt = documents.of_tokens_bt.to(device)
+        asks_bt = F.pad(asks_bt, (0, chunks * n - asks_bt.shape[1]), value=-1)
+        return asks_bt.unflatten(1, (-1, n))[..., None] == asked_bcr[:, :, None]
+
     def _prepare(
-        self, memories: Memories, own_bc: Tensor, documents: Documents | None
+        self, memories: Memories, index_bcr: Tensor, held_bcnr: Tensor | None, *, shared: bool
     ) -> _Read | None:
-        if not len(memories):
+        if not len(memories) or not index_bcr.shape[2]:
             return None
         marker = []
         if self.marker_ids:
             marker = marker_states(self.host, self.marker_ids, with_grad=torch.is_grad_enabled())
-        return _Read(self, memories, marker, own_bc, documents)
+        return _Read(self, memories, marker, index_bcr, held_bcnr, shared=shared)
 
     @contextmanager
     def _reads(self, read: _Read | None, *, again: bool) -> Iterator[None]:
@@ -244,27 +282,23 @@ class _Read:
         reading: Reading,
         memories: Memories,
         marker: list[tuple[Tensor, Tensor]],
-        own_bc: Tensor,
-        documents: Documents | None,
+        index_bcr: Tensor,
+        held_bcnr: Tensor | None,
+        *,
+        shared: bool,
     ) -> None:
         self._reading = reading
         self._host = reading.host
         self._memories = memories
         self._marker = marker
-        self._own_bc = own_bc
-        n = reading.chunk_tokens
-        index_bcr = _before(own_bc, reading.reach, fill=-1)
+        self._rows, self._chunks, _ = index_bcr.shape
+        self._shared = shared  # by all chunks of a row
         self._index_bcr = index_bcr.clamp(min=0)
-        held_bcnr = (index_bcr >= 0)[:, :, None]
-        if documents is not None:
-            asked_bcr = _before(documents.of_chunks_bc.to(own_bc.device), reading.reach, fill=-1)
-            asks_bt = documents.of_tokens_bt.to(own_bc.device)
-            asks_bt = F.pad(asks_bt, (0, own_bc.shape[1] * n - asks_bt.shape[1]), value=-1)
-            asks_bcn = asks_bt.unflatten(1, (-1, n))
-            held_bcnr = held_bcnr & (asks_bcn[..., None] == asked_bcr[:, :, None])
-        self._held_bcnr = held_bcnr
+        self._held_bcnr = (index_bcr >= 0)[:, :, None]
+        if held_bcnr is not None:
+            self._held_bcnr = self._held_bcnr & held_bcnr.to(index_bcr.device)
         # One who reads nothing does not see the marker either.
-        self._any_bcn1 = held_bcnr.any(-1, keepdim=True)
+        self._any_bcn1 = self._held_bcnr.any(-1, keepdim=True)
         self._heads = {
             layer: (
                 [number for number, (at, _) in enumerate(reading.shape.heads) if at == layer],
@@ -276,11 +310,12 @@ class _Read:
     def check(self, module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
         """Refuse a call that these memories do not belong to, or that they cannot join."""
         b, _, t, _ = query.shape
-        rows, chunks = self._own_bc.shape
-        if (b, -(-t // self._reading.chunk_tokens)) != (rows, chunks):
+        needed = -(-t // self._reading.chunk_tokens)
+        chunks = self._held_bcnr.shape[1]
+        if b != self._rows or (chunks != needed and not (self._shared and chunks == 1)):
             raise AttachError(
-                f"own_bc is for {rows} rows of {chunks} chunks of {self._reading.chunk_tokens} "
-                f"tokens, the model was given {b} rows of {t} tokens"
+                f"memories were named for {self._rows} rows of {chunks} chunks of "
+                f"{self._reading.chunk_tokens} tokens, the model was given {b} rows of {t} tokens"
             )
         if key.shape[2] != t:
             raise AttachError(
@@ -309,7 +344,7 @@ class _Read:
         if len(parts) < 2:
             return parts[0] if parts else None
         marker, memories = parts
-        b, c = self._own_bc.shape
+        b, c = self._rows, self._chunks
         shape = [max(x, y) for x, y in zip(marker.held_bcknm.shape, memories.held_bcknm.shape,
                                            strict=True)][:-1]  # fmt: skip
         return _Layer(
@@ -329,7 +364,7 @@ class _Read:
             n, t = self._reading.chunk_tokens, query.shape[2]
             if position_ids is None:
                 position_ids = torch.arange(t, device=query.device)[None]
-            position_ids = F.pad(position_ids, (0, self._own_bc.shape[1] * n - t))
+            position_ids = F.pad(position_ids, (0, -t % n))
             away_bcnm = position_ids.unflatten(1, (-1, n))[..., None] - at_m
             held_bcknm = held_bcknm & (away_bcnm < window)[:, :, None]
         dtype = query.dtype

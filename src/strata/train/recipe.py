@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -212,12 +212,26 @@ class Recipe(FrozenConfig):
         return self.data.batch_size * self.data.sequence_tokens * self.run.accumulate
 
 
-def require_same_run(stored: Recipe, recipe: Recipe) -> None:
+class RunRecipe(Protocol):
+    """Any recipe of a run with a folder."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where it lives."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """The whole recipe as plain values."""
+
+
+def require_same_run(
+    stored: RunRecipe, recipe: RunRecipe, *, may_differ: Set[str] = MAY_DIFFER_ON_RESUME
+) -> None:
     """Check that a run may go on under this recipe.
 
     Args:
         stored: the recipe the run was started with.
         recipe: the recipe given now.
+        may_differ: dotted keys that give the same result whatever they hold.
 
     Raises:
         ConfigError: they differ in a field that changes the result; the line names each.
@@ -226,7 +240,7 @@ def require_same_run(stored: Recipe, recipe: Recipe) -> None:
     differing = [
         f"{key} was {was}, is {given}"
         for key, was, given in _differences(before, now)
-        if key not in MAY_DIFFER_ON_RESUME
+        if key not in may_differ
     ]
     if not differing:
         return

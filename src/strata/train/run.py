@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +23,9 @@ from strata.errors import CheckpointError, ConfigError
 from strata.train.checkpoint import Checkpoint, CheckpointFolder, storage_errors
 from strata.train.metrics import METRICS_NAME
 from strata.train.recipe import RECIPE_NAME, Recipe, require_same_run
+
+if TYPE_CHECKING:
+    from strata.train.tune.recipe import TuneRecipe
 
 LOCK_NAME = ".lock"
 _TEMPORARY_MODEL = ".unfinished_model"
@@ -39,7 +42,7 @@ class RunFolder:
         StorageError: on entering, the folder cannot be written.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe | TuneRecipe) -> None:
         self.recipe = recipe
         self.dir = recipe.run_dir
         self.model_dir = self.dir / "model"
@@ -154,8 +157,7 @@ def require_one_process() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         raise ConfigError(
-            f"strata train runs in one process, this is one of {world_size}: "
-            "start it without torchrun"
+            f"strata trains in one process, this is one of {world_size}: start it without torchrun"
         )
 
 
