@@ -287,7 +287,7 @@ def test_refuses_to_be_one_of_several_processes(
     tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="runs in one process, this is one of 4"):
+    with pytest.raises(ConfigError, match="in one process, this is one of 4"):
         train(tiny_recipe(), progress=False)
 
 
