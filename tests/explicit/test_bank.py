@@ -495,6 +495,13 @@ def test_hybrid_reads_only_what_it_returns(tmp_path: Path, monkeypatch: pytest.M
     assert [len(hits) for hits in hybrid(bank).search(queries, 5)] == [5, 0, 5, 5, 5]
 
 
+def test_hybrid_finds_as_many_as_a_bank_gives_at_once(tmp_path: Path) -> None:
+    bank = create(tmp_path / "bank")
+    add(bank, documents(9))
+    for top_k in (2501, 9999, 10_000):  # a part is asked for four times as many, where it can be
+        assert len(hybrid(bank).search(["the heron"], top_k)[0]) == len(bank)
+
+
 def test_hybrid_goes_deeper_where_equal_texts_fill_its_lists(tmp_path: Path) -> None:
     bank = create(tmp_path / "bank")
     same = [Doc(f"Moss and moss. Only {n} here.", f"d{n}") for n in range(60)]

@@ -111,8 +111,9 @@ def test_what_is_refused(bank: BankInMemory, embedder: WordsEmbedder) -> None:
     with pytest.raises(ConfigError, match="vectors are by 'words', the embedder given is 'other'"):
         VectorRetriever(bank, other)
     retriever = TextRetriever(bank)
-    for top_k in (0, -1, 2.5, True, "3"):
-        with pytest.raises(ConfigError, match="top_k must be a whole number from 1, given"):
+    for top_k in (0, -1, 2.5, True, "3", 10_001):
+        says = f"top_k must be a whole number from 1 to 10,000, given {top_k!r}"
+        with pytest.raises(ConfigError, match=says):
             retriever.search(["a"], top_k)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="queries must be a list"):
         retriever.search("cats", 3)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_TOP_K = 10_000  # hits of one search of a bank
+
 
 @dataclass(frozen=True)
 class Hit:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from strata.errors import ConfigError
 from strata.explicit.embed import Embedder
-from strata.explicit.hits import Hit, Ranking
+from strata.explicit.hits import MAX_TOP_K, Hit, Ranking
 from strata.explicit.key_scan import Keys, KeyScan
 
 MAX_QUERY_WORDS = 256
@@ -154,12 +154,12 @@ class BankRetriever(ABC, Generic[Prepared]):
         Equal queries are searched once.
 
         Raises:
-            ConfigError: `top_k` is below 1.
+            ConfigError: `top_k` is not from 1 to 10,000.
         """
         wanted, distinct = _distinct_queries(queries, top_k)
         found: dict[str, list[Hit]] = {"": []}
         if distinct:
-            depth = top_k if self._keep_equal_texts else top_k + 2
+            depth = top_k if self._keep_equal_texts else min(top_k + 2, MAX_TOP_K)
             for query, prepared in zip(distinct, self._prepare(distinct, depth), strict=True):
                 found[query] = self._pick(prepared, top_k, depth)
         return [list(found[query]) for query in wanted]
@@ -422,14 +422,14 @@ class HybridRetriever:
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
         """At most `top_k` hits for each query, best first.
 
-        Each part is searched to four times that depth, and 50 at least, all of them at once. Of
-        parts by vector and by words over one bank only the hits returned are read.
+        Each part is searched to four times that depth, 50 at least and 10,000 at most, all of them
+        at once. Of parts by vector and by words over one bank only the hits returned are read.
 
         Raises:
-            ConfigError: `top_k` is below 1.
+            ConfigError: `top_k` is not from 1 to 10,000.
         """
         wanted, distinct = _distinct_queries(queries, top_k)
-        depth = max(4 * top_k, _FUSED_DEPTH)
+        depth = min(max(4 * top_k, _FUSED_DEPTH), MAX_TOP_K)
         found: dict[str, list[Hit]] = {"": []}
         if (bank := self._common_bank()) is not None:
             unread = self._side_by_side(lambda part: part.rankings(bank, distinct, depth))
@@ -564,8 +564,8 @@ def _distinct_queries(queries: Sequence[str], top_k: int) -> tuple[list[str], li
     """All queries, blank ones as "", and those to be searched, each once."""
     if isinstance(queries, str):
         raise ConfigError(f"queries must be a list of texts, given one: [{queries[:40]!r}]")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ConfigError(f"top_k must be a whole number from 1, given {top_k!r}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+        raise ConfigError(f"top_k must be a whole number from 1 to {MAX_TOP_K:,}, given {top_k!r}")
     # Half a surrogate pair, as in an argument that was not UTF-8, is no text to a bank.
     clean = [query.encode("utf-8", "replace").decode("utf-8") for query in queries]
     wanted = [query if query.strip() else "" for query in clean]

@@ -13,9 +13,8 @@ from strata.errors import BankError
 from strata.explicit.bank import records
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.vectors import VectorTables, has_vector_index
-from strata.explicit.hits import Hit, Ranking
+from strata.explicit.hits import MAX_TOP_K, Hit, Ranking
 
-MAX_TOP_K = 10_000
 # Exact search below: at width 384 it took 8 ms over 10,000 rows and 96 ms over 100,000, the index
 # 8 ms over 100,000 with 83% of the exact five (made-up vectors, benchmarks/bank_latency.py).
 INDEX_ROWS = 50_000
