@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,7 @@ def train(
         out=out,
         config=read_stages(stages, overrides or ()),
         for_s=None if for_minutes is None else 60 * for_minutes,
-        say=(lambda line: None) if as_json else print,
+        say=(lambda line: None) if as_json else partial(print, flush=True),
         progress=not as_json,
     )
     if as_json:
@@ -91,3 +92,64 @@ def train(
         )
     if result.stopped_by is not None:
         raise typer.Exit(130 if result.stopped_by == "SIGINT" else GO_ON)
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="a folder of strata reader data")] = Path(
+        "runs/reader/data"
+    ),
+    run: Annotated[Path, typer.Option(help="the folder of strata reader train")] = Path(
+        "runs/reader/run"
+    ),
+    stage: Annotated[
+        str | None, typer.Option(help="whose model; default: the last finished one")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for bank and report; default: RUN/exam/STAGE")
+    ] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="of memories, beside the bank's own (repeatable)")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="references found for a question")] = 5,
+    limit: Annotated[int | None, typer.Option(help="first questions only")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 16,
+    embedder: Annotated[str, typer.Option(help="minilm (offline); none: by words only")] = "minilm",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Make a bank of the test references and ask the test questions in every format.
+
+    Twice: given the one reference that answers, and given what the bank's search finds.
+    """
+    from rich.console import Console
+
+    from strata.cli.eval import _progress
+    from strata.cli.eval_memory import table
+    from strata.reader.exam import CODECS, examine
+
+    for name, number in (
+        ("--top-k", top_k), ("--max-new-tokens", max_new_tokens), ("--limit", limit),
+    ):  # fmt: skip
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} {number}: give 1 or more")
+    with _progress("questions") as progress:
+        exam = examine(
+            data,
+            run=run,
+            out=out,
+            stage=stage,
+            codecs=codec or CODECS,
+            top_k=top_k,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            embedder=None if embedder == "none" else embedder,
+            progress=progress,
+        )
+    results = {"oracle": exam.oracle, "search": exam.search}
+    if as_json:
+        scores = {by: [asdict(s) for s in result.scores] for by, result in results.items()}
+        print(json.dumps({"stage": exam.stage, **scores}))
+        return
+    for by, result in results.items():
+        shown = table(result)
+        shown.title = f"{exam.stage}, {by}: {shown.title}"
+        Console().print(shown)
