@@ -210,7 +210,7 @@ def test_other_settings_are_refused(data: Path, taught: Path, override: str, sai
 
 
 def test_what_changes_no_stage_may_change(data: Path, run_copy: Path) -> None:
-    later = "stages.more={level: text/level1, steps: 1, batch_size: 2, sequence_tokens: 64, lr: 1}"
+    later = "stages.more={level: text/level1, steps: 1, batch_size: 2, sequence_tokens: 128, lr: 1}"
     assert teach(data, run_copy, "probe.every=1", "common.run.log_every=1", later).step == 1
     looks = read_looks(run_copy)
     assert looks[-1].stage == "more" and looks[-1].kept == 4  # asked as the stage before it

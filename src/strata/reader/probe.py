@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,28 +86,38 @@ class Probe:
         encoder = Encoder(Host(model), tokenizer, memory)
         memories = encoder.encode([self._texts[name] for name in self._pool])
         for number in numbers:
-            reading = self._reading(model, tokenizer, memory, memories, number)
-            answers[f"memory_{number}"] = self._answers(
-                model, tokenizer, self._questions, reading=reading
-            )
+            with self._reading(model, tokenizer, memory, memories, number):
+                answers[f"memory_{number}"] = self._alike(model, tokenizer)
         return answers
 
     def _answers(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        questions: Sequence[Question],
-        *,
-        reading: AbstractContextManager[Any] | None = None,
+        self, model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question]
     ) -> OpenRecallResult:
-        with nullcontext() if reading is None else reading:
-            return open_recall(
-                model,
-                questions,
-                tokenizer=tokenizer,
-                max_new_tokens=self._config.answer_tokens,
-                batch_size=self._config.batch_size,
-            )
+        return open_recall(
+            model,
+            questions,
+            tokenizer=tokenizer,
+            max_new_tokens=self._config.answer_tokens,
+            batch_size=self._config.batch_size,
+        )
+
+    def _alike(self, model: PreTrainedModel, tokenizer: Any) -> OpenRecallResult:
+        """The same with prompts of one length in a batch.
+
+        A padded batch puts the memories of all rows in place anew for every column where one of its
+        rows begins: most of the time of a look.
+        """
+        groups: dict[int, list[Question]] = {}
+        for question in self._questions:
+            length = len(encode_prompt(tokenizer, question.prompt))
+            groups.setdefault(length, []).append(question)
+        found = [
+            answer
+            for group in groups.values()
+            for answer in self._answers(model, tokenizer, group).answers
+        ]
+        places = {question.id: place for place, question in enumerate(self._questions)}
+        return OpenRecallResult(tuple(sorted(found, key=lambda answer: places[answer.id])))
 
     def _given(self, place: int, number: int) -> list[str]:
         """Names of the references given with a question, in the order in which they stand."""

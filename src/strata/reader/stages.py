@@ -90,7 +90,7 @@ class ProbeConfig(FrozenConfig):
     every: PositiveInt | None = 500
     questions: PositiveInt = 200
     references: int = Field(default=5, ge=2, le=64)
-    answer_tokens: PositiveInt = 16
+    answer_tokens: PositiveInt = 12
     batch_size: PositiveInt = 25
 
 
