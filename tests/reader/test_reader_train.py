@@ -162,24 +162,31 @@ def test_interrupted_it_ends_with_the_same_bits(
     assert timeless(tmp_path) == timeless(taught)
 
 
-@pytest.mark.parametrize(
-    "looks", [2, 3, 4]
-)  # within a stage without and with a checkpoint; behind it
+# Within a stage without and with a checkpoint, and behind it; before and after the look is kept.
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("looks", [2, 3, 4])
 def test_killed_it_ends_with_the_same_bits(
-    data: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+    data: Path,
+    taught: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    looks: int,
+    kept: bool,
 ) -> None:
     class Killed(BaseException):
         pass
 
-    ask = Probe.ask
+    add = train_module.add_look
 
-    def kill(self: Probe, *args: Any) -> Any:
-        if len(read_looks(tmp_path)) == looks:
+    def kill(out: Path, look: Look) -> None:
+        last = len(read_looks(out)) == looks
+        if kept or not last:
+            add(out, look)
+        if last:
             raise Killed
-        return ask(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Probe, "ask", kill)
+        patch.setattr(train_module, "add_look", kill)
         teach(data, tmp_path)
     assert (tmp_path / "02-memory1" / "model").exists() == (looks == 4)
     assert teach(data, tmp_path).stopped_by is None
