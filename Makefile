@@ -1,17 +1,30 @@
 # Two commands for a fresh machine:  make quickstart   make test
+# A decoder that learns to read:      make reader   (hours; interrupted, the same again goes on)
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install quickstart test lint clean
+# For the reader: a folder of EntityQuestions' files and articles make more data than the extract
+# in strata; READER_TRAIN are further options and overrides, as common.run.precision=bf16.
+READER_QUESTIONS ?=
+READER_PROSE     ?=
+READER_DIR       ?= runs/reader
+READER_TRAIN     ?=
+
+.PHONY: install quickstart reader test lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.core
 
 quickstart: $(VENV)/.core
 	$(BIN)/strata quickstart
+
+reader: $(VENV)/.core
+	$(BIN)/strata reader data --out $(READER_DIR)/data $(if $(READER_QUESTIONS),--questions $(READER_QUESTIONS)) $(addprefix --prose ,$(READER_PROSE))
+	$(BIN)/strata reader train --data $(READER_DIR)/data --out $(READER_DIR)/run $(READER_TRAIN)
+	$(BIN)/strata reader eval --data $(READER_DIR)/data --run $(READER_DIR)/run
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest

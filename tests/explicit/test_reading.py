@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import strata
+from strata.explicit import reading as reading_module
 from strata.explicit.attach import AttachError, attach
 from strata.explicit.encode import Encoder
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories
 from strata.explicit.reading import Documents, Reading
 from strata.explicit.settings import ExplicitMemoryConfig
+from strata.ops.memory_attention import memory_attention
 
 MakeHost = Callable[..., PreTrainedModel]
 CHUNK, REACH = 8, 3
@@ -116,6 +118,32 @@ def attached(model: PreTrainedModel, row: int, config: ExplicitMemoryConfig) -> 
         attach(model, shelf, tokenizer=tokenizer, config=config, chunk_tokens=CHUNK),
     ):
         return model(input_ids=IDS[row : row + 1]).logits[0]
+
+
+def test_places_that_nobody_reads_are_left_out(
+    make_host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_host()
+    config = ExplicitMemoryConfig(selector="all", reference_tokens=16)
+    encoder, reading = reader(model, config)
+    memories = encoder.encode(texts()[:2])  # of 2 and 8 tokens
+    assert memories.keys_nstd.shape[2] == 16
+    places: list[int] = []
+
+    def spy(*states: Tensor, **options: object) -> Tensor:
+        places.append(states[3].shape[3])
+        return memory_attention(*states, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reading_module, "memory_attention", spy)
+    own_bc, ids = torch.tensor([[1], [0]]), IDS[:, :CHUNK]
+    with torch.no_grad(), reading(memories, own_bc):
+        got = model(input_ids=ids).logits
+    # The marker stands in every layer, memories in the first half of them.
+    assert set(places) == {len(reading.marker_ids), len(reading.marker_ids) + 8}
+    monkeypatch.setattr(reading_module, "_filled", lambda *states: states)
+    with torch.no_grad(), reading(memories, own_bc):
+        torch.testing.assert_close(model(input_ids=ids).logits, got, atol=1e-5, rtol=1e-5)
+    assert max(places) == len(reading.marker_ids) + REACH * 16
 
 
 @pytest.mark.parametrize("config", [SETTINGS, FEW_HEADS], ids=["first half", "few heads"])

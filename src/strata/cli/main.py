@@ -17,6 +17,8 @@ from strata.cli.generate import generate
 from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
 from strata.cli.reader import data as reader_data
+from strata.cli.reader import evaluate as reader_eval
+from strata.cli.reader import train as reader_train
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
 from strata.cli.tune import dpo, sft
@@ -62,6 +64,8 @@ app.add_typer(bench_app, name="bench")
 
 reader_app = typer.Typer(help="A small decoder that learns to read.", no_args_is_help=True)
 reader_app.command("data")(reader_data)
+reader_app.command("train")(reader_train)
+reader_app.command("eval")(reader_eval)
 app.add_typer(reader_app, name="reader")
 
 tokenizer_app = typer.Typer(help="A vocabulary of one's own.", no_args_is_help=True)
@@ -72,7 +76,8 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted.
+    Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 stopped and to be
+    gone on with by the same command (`strata reader train`), 130 interrupted.
     """
     from transformers.utils import logging as transformers_logging
 

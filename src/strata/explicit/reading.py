@@ -192,6 +192,7 @@ class Reading:
     ) -> _Read | None:
         if not len(memories) or not index_bcr.shape[2]:
             return None
+        memories, index_bcr, held_bcnr = _filled(memories, index_bcr, held_bcnr)
         marker = []
         if self.marker_ids:
             marker = marker_states(self.host, self.marker_ids, with_grad=torch.is_grad_enabled())
@@ -399,6 +400,30 @@ class _Read:
         b, c, r = self._index_bcr.shape
         chosen = states_ngpd.index_select(0, self._index_bcr.flatten())
         return chosen.view(b, c, r, *states_ngpd.shape[1:]).transpose(2, 3).flatten(3, 4)
+
+
+def _filled(
+    memories: Memories, index_bcr: Tensor, held_bcnr: Tensor | None
+) -> tuple[Memories, Tensor, Tensor | None]:
+    """The same without places that no memory fills, and columns in which no chunk reads.
+
+    Dense memories of short references and rows of few chunks are mostly that.
+    """
+    longest = int(memories.kept_n.max())
+    if longest < memories.places_nst.shape[2]:
+        memories = Memories(
+            memories.keys_nstd[:, :, :longest],
+            memories.values_nstd[:, :, :longest],
+            memories.places_nst[:, :, :longest],
+            memories.kept_n,
+        )
+    reads_r = (index_bcr >= 0).flatten(0, 1).any(0)
+    columns = reads_r.nonzero().flatten()
+    if 0 < len(columns) < len(reads_r):
+        index_bcr = index_bcr[..., columns]
+        if held_bcnr is not None and held_bcnr.shape[3] > 1:
+            held_bcnr = held_bcnr[..., columns.to(held_bcnr.device)]
+    return memories, index_bcr, held_bcnr
 
 
 def _before(states_bc: Tensor, reach: int, *, fill: int) -> Tensor:

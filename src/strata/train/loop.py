@@ -74,7 +74,7 @@ class TrainResult:
         tokens_per_s: median over steps, validation and checkpoints left out; of the process that
             last made a step, None if none did.
         wall_s: seconds in steps and validations, over all processes of the run.
-        stopped_by: `SIGTERM` or `SIGINT` if a signal ended it early, else None.
+        stopped_by: what ended it early: `SIGTERM`, `SIGINT`, or `time`; else None.
         run_dir: the run folder.
         model_dir: the finished model; None if the run is not finished.
     """
@@ -123,6 +123,7 @@ def train(
     on_step: Callable[[StepEvent], None] | None = None,
     progress: bool = True,
     fresh: bool = False,
+    for_s: float | None = None,
 ) -> TrainResult:
     """Train a model by a recipe, going on from the run folder's newest checkpoint if it has one.
 
@@ -132,6 +133,7 @@ def train(
             it takes are not the run's, so that watching a run does not change it.
         progress: show progress on stderr.
         fresh: delete what an earlier run left in the run folder and start over.
+        for_s: stop after about so many seconds, saved as by a signal; None trains to the end.
 
     Raises:
         ConfigError: the recipe does not fit the data, the machine or the run in the folder.
@@ -141,6 +143,7 @@ def train(
         StorageError: the disk is full.
     """
     run = recipe.run
+    stop = StopRequest(for_s=for_s)
     require_one_process()
     device = pick_device(run.device)
     if run.threads is not None:
@@ -151,10 +154,10 @@ def train(
         if fresh:
             folder.clear()
         training = start_or_resume(recipe, folder=folder, feed=feed, device=device)
-        done, stop = training.done, StopRequest()
+        done = training.done
         folder.write_recipe()
         with open_report(recipe, after_step=done.step, progress=progress) as report, stop:
-            while done.step < run.steps and stop.signal is None:
+            while done.step < run.steps and stop.reason is None:
                 start_s = time.perf_counter()
                 record = take_step(training)
                 last = done.step == run.steps
@@ -174,12 +177,12 @@ def train(
             save_checkpoint(training)
             if done.step < run.steps:
                 report.say(
-                    f"{stop.signal}: stopped after step {done.step} and saved it, "
+                    f"{stop.reason}: stopped after step {done.step} and saved it, "
                     "run the same command to go on"
                 )
             elif not folder.model_dir.exists():
                 folder.save_model(training.model, feed.tokenizer)
-    return result(training, stopped_by=stop.signal if done.step < run.steps else None)
+    return result(training, stopped_by=stop.reason if done.step < run.steps else None)
 
 
 def start_or_resume(

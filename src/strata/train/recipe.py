@@ -224,7 +224,11 @@ class RunRecipe(Protocol):
 
 
 def require_same_run(
-    stored: RunRecipe, recipe: RunRecipe, *, may_differ: Set[str] = MAY_DIFFER_ON_RESUME
+    stored: RunRecipe,
+    recipe: RunRecipe,
+    *,
+    may_differ: Set[str] = MAY_DIFFER_ON_RESUME,
+    remedy: str = "give back the old values, choose another run.dir, or start over with --fresh",
 ) -> None:
     """Check that a run may go on under this recipe.
 
@@ -232,6 +236,7 @@ def require_same_run(
         stored: the recipe the run was started with.
         recipe: the recipe given now.
         may_differ: dotted keys that give the same result whatever they hold.
+        remedy: what the user can do.
 
     Raises:
         ConfigError: they differ in a field that changes the result; the line names each.
@@ -246,10 +251,7 @@ def require_same_run(
         return
     shown = "; ".join(differing[:MAX_SHOWN])
     more = f"; and {len(differing) - MAX_SHOWN} more" if len(differing) > MAX_SHOWN else ""
-    raise ConfigError(
-        f"{recipe.run_dir} holds a run of another recipe ({shown}{more}): "
-        "give back the old values, choose another run.dir, or start over with --fresh"
-    )
+    raise ConfigError(f"{recipe.run_dir} holds a run of another recipe ({shown}{more}): {remedy}")
 
 
 def _differences(

@@ -9,10 +9,12 @@ RUN/model/           the finished model with its tokenizer, for from_pretrained
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import signal
 import threading
+import time
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -121,13 +123,24 @@ class RunFolder:
 class StopRequest:
     """Remembers SIGTERM or SIGINT, so that the loop can finish its step and save.
 
-    The second signal acts at once. Outside the main thread, where Python allows no handlers, it
-    does nothing.
+    The second signal acts at once. Outside the main thread, where Python allows no handlers,
+    signals do what they always do.
+
+    Args:
+        for_s: also ask to stop after so many seconds; None never does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, for_s: float | None = None) -> None:
         self.signal: str | None = None
+        self._until_s = math.inf if for_s is None else time.monotonic() + for_s
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """The signal's name, or "time"; None to go on."""
+        if self.signal is None and time.monotonic() >= self._until_s:
+            return "time"
+        return self.signal
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,259 @@
+"""How the reader is taught, stage by stage: one frozen object, in `stages.yaml`.
+
+A stage is a training run. What all runs share stands once, in `common`; a stage says what it reads,
+how long and how fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from strata.config import FrozenConfig, load_config, validate
+from strata.explicit.settings import ExplicitMemoryConfig
+from strata.layers import MemoryLayerConfig
+from strata.models import ModelConfig
+from strata.train import Recipe
+
+# Keys of a recipe that are each stage's own, or known from the folders.
+_OF_STAGES = (
+    "name",
+    "model",
+    "memory",
+    "data.dir",
+    "data.batch_size",
+    "data.sequence_tokens",
+    "reading.references",
+    "reading.memory.selector",
+    "reading.memory.tokens_per_head",
+    "optim.lr",
+    "schedule.warmup_steps",
+    "schedule.min_ratio",
+    "run.dir",
+    "run.steps",
+)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$", max_length=32)]
+
+
+class Stage(FrozenConfig):
+    """One training run.
+
+    Attributes:
+        level: folder of the reader's data: `text/...`, references as text, or `memory/...`.
+        steps: updates; 0 leaves the stage out.
+        batch_size, sequence_tokens: rows of a batch, and their tokens.
+        lr: peak learning rate of the dense part.
+        warmup: updates over which it rises.
+        min_ratio: share of it at the stage's end.
+        selector, tokens_per_head: which tokens of a reference a memory head keeps, and how many,
+            as in `ExplicitMemoryConfig`; memory levels only.
+    """
+
+    level: str = Field(pattern=r"^(text|memory)/[A-Za-z0-9][A-Za-z0-9._-]*$")
+    steps: int = Field(ge=0)
+    batch_size: PositiveInt
+    sequence_tokens: int = Field(ge=2)
+    lr: PositiveFloat
+    warmup: int = Field(default=0, ge=0)
+    min_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    selector: str | None = None
+    tokens_per_head: PositiveInt | None = None
+
+    @property
+    def reads_memories(self) -> bool:
+        """Whether references are memories here."""
+        return self.level.startswith("memory/")
+
+    @model_validator(mode="after")
+    def _text_keeps_nothing(self) -> Stage:
+        if not self.reads_memories and (self.selector or self.tokens_per_head):
+            raise ValueError("selector and tokens_per_head are for memory levels: drop them")
+        return self
+
+
+class ProbeConfig(FrozenConfig):
+    """What the reader is asked meanwhile.
+
+    Attributes:
+        every: steps between two looks; None looks at a stage's end only.
+        questions: the first so many of the validation questions.
+        references: how many are given where others stand beside the one that answers.
+        answer_tokens: longest answer.
+        batch_size: questions asked at once.
+    """
+
+    every: PositiveInt | None = 500
+    questions: PositiveInt = 200
+    references: int = Field(default=5, ge=2, le=64)
+    answer_tokens: PositiveInt = 12
+    batch_size: PositiveInt = 25
+
+
+class ReaderTraining(FrozenConfig):
+    """All stages of the reader.
+
+    Attributes:
+        model: the decoder that the first stage begins with.
+        memory: its memory layers; None for none.
+        common: what the stages' recipes share: keys of a recipe as in `recipes/`, but those that a
+            stage says itself.
+        probe: what is asked meanwhile.
+        stages: by name, in order.
+    """
+
+    model: ModelConfig
+    memory: MemoryLayerConfig | None = None
+    common: dict[str, Any] = Field(default_factory=dict)
+    probe: ProbeConfig = Field(default_factory=ProbeConfig)
+    stages: dict[Name, Stage]
+
+    @model_validator(mode="after")
+    def _check(self) -> ReaderTraining:
+        if not any(stage.steps for stage in self.stages.values()):
+            raise ValueError("no stage has steps: give at least one")
+        for key in _OF_STAGES:
+            node: Any = self.common
+            for part in key.split("."):
+                node = node.get(part, ...) if isinstance(node, Mapping) else ...
+            if node is not ...:
+                raise ValueError(f"common.{key}: each stage has its own, or it follows; drop it")
+        positions = (self.model.host or {}).get("max_position_embeddings")
+        for name, stage in self.stages.items():
+            if isinstance(positions, int) and stage.sequence_tokens > positions:
+                raise ValueError(
+                    f"stages.{name}.sequence_tokens is {stage.sequence_tokens}, "
+                    f"model.host.max_position_embeddings {positions}: lower the first or raise "
+                    "the second"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage as the run that it is.
+
+    Attributes:
+        name: of the stage.
+        number: from 1, those without steps not counted.
+        recipe: of the run.
+        tokens_before: token positions that all stages before it read.
+    """
+
+    name: str
+    number: int
+    recipe: Recipe
+    tokens_before: int
+
+    @property
+    def dir(self) -> Path:
+        """The run's folder."""
+        return self.recipe.run_dir
+
+    @property
+    def finished(self) -> bool:
+        """Whether its model was written."""
+        return self.model_dir.is_dir()
+
+    @property
+    def model_dir(self) -> Path:
+        """Where its model is written."""
+        return self.dir / "model"
+
+    @property
+    def memory(self) -> ExplicitMemoryConfig | None:
+        """What references become; None where they are text."""
+        return None if self.recipe.reading is None else self.recipe.reading.memory
+
+
+def read_stages(path: Path | None = None, overrides: Sequence[str] = ()) -> ReaderTraining:
+    """Stages from a file, those that come with strata by default, with `a.b=c` overrides.
+
+    Raises:
+        ConfigError: the file or an override is wrong.
+    """
+    if path is not None:
+        return load_config(ReaderTraining, path, overrides)
+    with resources.as_file(resources.files(__package__) / "stages.yaml") as own:
+        return load_config(ReaderTraining, own, overrides)
+
+
+def plan_stages(config: ReaderTraining, *, data: Path, out: Path) -> list[Planned]:
+    """The runs of all stages that have steps, in order.
+
+    Args:
+        config: what is taught.
+        data: a folder of `strata reader data`.
+        out: where the runs' folders go.
+
+    Raises:
+        ConfigError: a recipe that no run can follow; the line names the stage and the key.
+    """
+    planned: list[Planned] = []
+    tokens = 0
+    for name, stage in config.stages.items():
+        if not stage.steps:
+            continue
+        number = len(planned) + 1
+        tree = _recipe(config, name, stage, data=data, before=planned[-1] if planned else None)
+        tree["run"]["dir"] = str(out.absolute() / f"{number:02d}-{name}")
+        recipe = validate(Recipe, tree, origin=f"stage {name}, its recipe")
+        planned.append(Planned(name, number, recipe, tokens))
+        tokens += stage.steps * recipe.tokens_per_step
+    return planned
+
+
+def memory_of(plan: Sequence[Planned], number: int) -> ExplicitMemoryConfig | None:
+    """What references become when stage `number` is asked to read memories.
+
+    A stage whose references are text is asked with what the next memory stage makes of them, or,
+    behind all of these, the last one. None where there is no memory stage.
+    """
+    before = [stage.memory for stage in plan[: number - 1] if stage.memory is not None]
+    after = [stage.memory for stage in plan[number - 1 :] if stage.memory is not None]
+    return next(iter([*after, *before[::-1]]), None)
+
+
+def _recipe(
+    config: ReaderTraining, name: str, stage: Stage, *, data: Path, before: Planned | None
+) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "name": f"reader-{name}",
+        "model": config.model.model_dump(mode="json"),
+        "memory": None if config.memory is None else config.memory.model_dump(mode="json"),
+        "data": {
+            "dir": str(data / stage.level / "tokens"),
+            "batch_size": stage.batch_size,
+            "sequence_tokens": stage.sequence_tokens,
+        },
+        "optim": {"lr": stage.lr},
+        "schedule": {"warmup_steps": stage.warmup, "min_ratio": stage.min_ratio},
+        "run": {"steps": stage.steps},
+    }
+    if before is not None:  # the saved model has the memory layers
+        own["model"] |= {"host": None, "path": str(before.model_dir)}
+        own["memory"] = None
+    common = dict(config.common)
+    if stage.reads_memories:
+        kept = {"selector": stage.selector, "tokens_per_head": stage.tokens_per_head}
+        own["reading"] = {
+            "references": str(data / stage.level / "references"),
+            "memory": {key: value for key, value in kept.items() if value is not None},
+        }
+    else:
+        common.pop("reading", None)
+    return dict(_merged(common, own))
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Two trees as one; where both have a leaf, the upper one's."""
+    for key in {**below, **above}:
+        low, high = below.get(key), above.get(key, below.get(key))
+        if isinstance(low, Mapping) and isinstance(high, Mapping) and key in above:
+            yield key, dict(_merged(low, high))
+        else:
+            yield key, high

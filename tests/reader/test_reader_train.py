@@ -1,0 +1,405 @@
+"""Teaching the reader: stages follow one another, looks change nothing, interruptions neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import strata
+from strata.cli.main import main
+from strata.errors import ConfigError, DataError, ModelError, StrataError
+from strata.evals.memory import eval_memory
+from strata.evals.questions import read_questions
+from strata.explicit.settings import ExplicitMemoryConfig
+from strata.models import load
+from strata.reader import train as train_module
+from strata.reader.curves import Look, read_looks
+from strata.reader.data import make_data, read_settings
+from strata.reader.exam import examine
+from strata.reader.probe import Probe
+from strata.reader.stages import ProbeConfig, memory_of, plan_stages, read_stages
+from strata.reader.train import ReaderResult, train_reader
+from strata.train import run as run_module
+
+DATA = (
+    "vocab_size=700", "tokenizer_rows=30", "val_rows=12", "bank_references=80", "questions=60",
+    "text.level1.tokens=2500", "text.level2.tokens=0", "text.level3.tokens=0",
+    "text.level4.tokens=0", "memory.level1.tokens=4000", "memory.level2.tokens=0",
+    "memory.level3.tokens=0",
+)  # fmt: skip
+SMALL = (
+    "model.host.vocab_size=700", "model.host.hidden_size=32", "model.host.intermediate_size=32",
+    "model.host.num_hidden_layers=2", "model.host.num_attention_heads=2",
+    "model.host.num_key_value_heads=2", "model.host.initializer_range=0.3",
+    "probe.questions=7", "probe.references=3", "probe.answer_tokens=4", "probe.batch_size=3",
+    "probe.every=2", "common.run.validate_batches=1", "common.run.checkpoint_every=3",
+    "common.run.threads=1", "stages.text2.steps=0", "stages.text3.steps=0", "stages.text4.steps=0",
+    "stages.memory2.steps=0", "stages.text1.steps=4", "stages.memory1.steps=5",
+    "stages.memory3.steps=2", "stages.memory3.level=memory/level1",
+    "stages.memory3.sequence_tokens=128", "stages.memory3.tokens_per_head=4",
+    *(f"stages.{name}.{key}" for name in ("text1", "memory1", "memory3")
+      for key in ("warmup=1", "batch_size=2")),
+)  # fmt: skip
+STAGES = ("01-text1", "02-memory1", "03-memory3")
+WAYS = ["none", "text_1", "text_3", "memory_1", "memory_3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("taught") / "data"
+    make_data(None, (), out=out, config=read_settings(DATA, extract=True))
+    return out
+
+
+def teach(data: Path, out: Path, *overrides: str, **options: Any) -> ReaderResult:
+    config = read_stages(None, [*SMALL, *overrides])
+    return train_reader(data, out=out, config=config, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run that nothing interrupted."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("taught") / "run"
+    assert teach(data, out).stopped_by is None
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture
+def run_copy(taught: Path, tmp_path: Path) -> Path:
+    """One that a test may change."""
+    return Path(shutil.copytree(taught, tmp_path / "run"))
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """The bytes of all stages' models."""
+    return {name: (out / name / "model" / "model.safetensors").read_bytes() for name in STAGES}
+
+
+def timeless(out: Path) -> list[Look]:
+    return [replace(look, wall_s=0.0) for look in read_looks(out)]
+
+
+def test_stages_follow_one_another(data: Path, taught: Path) -> None:
+    looks = read_looks(taught)
+    assert [(look.number, look.stage, look.step) for look in looks] == [
+        (1, "text1", 2), (1, "text1", 4), (2, "memory1", 2), (2, "memory1", 4), (2, "memory1", 5),
+        (3, "memory3", 2),
+    ]  # fmt: skip
+    assert [look.tokens for look in looks] == [256 * n for n in (2, 4, 6, 8, 9, 11)]
+    assert [look.kept for look in looks] == [128] * 5 + [4]
+    for look in looks:
+        assert list(look.exact) == list(look.contains) == WAYS
+        assert look.num_questions == 7 and look.loss is not None
+    assert (taught / "curves.png").read_bytes().startswith(b"\x89PNG")
+    before = weights(taught), read_looks(taught)
+    again = teach(data, taught)
+    assert (again.stage, again.step, again.stopped_by) == ("memory3", 2, None)
+    assert again.model_dir == taught / "03-memory3" / "model" and again.look == looks[-1]
+    assert (weights(taught), read_looks(taught)) == before
+
+
+def test_a_stage_begins_with_the_weights_of_the_last(data: Path, tmp_path: Path) -> None:
+    still = [f"stages.{name}.lr=1e-12" for name in ("memory1", "memory3")]
+    teach(data, tmp_path, *still, "common.optim.weight_decay=0", "probe.every=null")
+    assert [(look.stage, look.step) for look in read_looks(tmp_path)] == [
+        ("text1", 4), ("memory1", 5), ("memory3", 2),
+    ]  # fmt: skip
+    first, *others = (load(tmp_path / name / "model")[0].state_dict() for name in STAGES)
+    for other in others:
+        for name, tensor in first.items():
+            torch.testing.assert_close(other[name], tensor, atol=1e-8, rtol=0)
+
+
+def test_looks_do_not_change_what_is_learnt(data: Path, taught: Path, tmp_path: Path) -> None:
+    teach(data, tmp_path, "probe.every=null", "probe.questions=2")
+    assert weights(tmp_path) == weights(taught)
+
+
+def test_interrupted_it_ends_with_the_same_bits(
+    data: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal in the middle of a look, and by the clock, as often as it takes."""
+    clock = SimpleNamespace(now=0.0)
+    fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(run_module, "time", fake)
+    monkeypatch.setattr(train_module, "time", fake)
+    ask, looks = Probe.ask, []
+
+    def late(self: Probe, *args: Any) -> Any:
+        clock.now += 100.0
+        looks.append(args)
+        if len(looks) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self, *args)
+
+    monkeypatch.setattr(Probe, "ask", late)
+    stops = []
+    for _ in range(20):
+        result = teach(data, tmp_path, for_s=50.0)
+        stops.append((result.stopped_by, result.stage, result.step))
+        if result.stopped_by is None:
+            break
+        torch.manual_seed(len(stops))  # a new process knows nothing of the old one's random state
+    assert stops == [
+        ("time", "text1", 2), ("time", "memory1", 0), ("SIGTERM", "memory1", 2),
+        ("time", "memory1", 4), ("time", "memory3", 0), (None, "memory3", 2),
+    ]  # fmt: skip
+    assert weights(tmp_path) == weights(taught)
+    assert timeless(tmp_path) == timeless(taught)
+
+
+# Within a stage without and with a checkpoint, and behind it; before and after the look is kept.
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("looks", [2, 3, 4])
+def test_killed_it_ends_with_the_same_bits(
+    data: Path,
+    taught: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    looks: int,
+    kept: bool,
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    add = train_module.add_look
+
+    def kill(out: Path, look: Look) -> None:
+        last = len(read_looks(out)) == looks
+        if kept or not last:
+            add(out, look)
+        if last:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_module, "add_look", kill)
+        teach(data, tmp_path)
+    assert (tmp_path / "02-memory1" / "model").exists() == (looks == 4)
+    assert teach(data, tmp_path).stopped_by is None
+    assert weights(tmp_path) == weights(taught)
+    assert timeless(tmp_path) == timeless(taught)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.text1.lr=0.5", "01-text1 holds a run of another recipe .optim.lr was 0.001"),
+        ("stages.memory3.tokens_per_head=5", "reading.memory.tokens_per_head was 4, is 5"),
+        ("model.host.hidden_size=64", "model.host.hidden_size was 32"),
+        ("stages.text1.steps=0", "01-text1 holds a stage that these settings do not have"),
+        ("stages.text2.steps=3", "02-memory1 holds a stage that these settings do not have"),
+    ],
+)
+def test_other_settings_are_refused(data: Path, taught: Path, override: str, said: str) -> None:
+    before = weights(taught)
+    extra = ["stages.text2.level=text/level1", "stages.text2.warmup=1"]
+    with pytest.raises(ConfigError, match=said) as refused:
+        teach(data, taught, *extra, override)
+    assert "another --out" in str(refused.value) and "\n" not in str(refused.value)
+    assert weights(taught) == before
+
+
+def test_what_changes_no_stage_may_change(data: Path, run_copy: Path) -> None:
+    later = "stages.more={level: text/level1, steps: 1, batch_size: 2, sequence_tokens: 128, lr: 1}"
+    assert teach(data, run_copy, "probe.every=1", "common.run.log_every=1", later).step == 1
+    looks = read_looks(run_copy)
+    assert looks[-1].stage == "more" and looks[-1].kept == 4  # asked as the stage before it
+
+
+def test_a_lost_stage_is_said(data: Path, run_copy: Path) -> None:
+    shutil.rmtree(run_copy / "01-text1")
+    with pytest.raises(ConfigError, match=r"02-memory1 went on from .*01-text1.*not there"):
+        teach(data, run_copy)
+
+
+def test_other_data_are_refused(data: Path, taught: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    questions = other / "eval" / "val" / "questions.jsonl"
+    rows = questions.read_text().splitlines(keepends=True)
+    questions.write_text("".join(rows[1:]))
+    with pytest.raises(DataError, match=r"begun with another tokenizer or other .* questions"):
+        teach(other, taught)
+    questions.write_text(rows[0].replace('"source": "val', '"source": "no'))
+    with pytest.raises(DataError, match="which is no reference of its bank"):
+        teach(other, tmp_path / "new")
+    (other / "eval" / "val" / "bank" / "references.jsonl").write_text("{")
+    with pytest.raises(DataError, match="not JSON lines"):
+        teach(other, tmp_path / "new")
+    with pytest.raises(DataError, match="no reader's data at"):
+        teach(tmp_path / "nowhere", tmp_path / "new")
+    shutil.rmtree(other / "memory" / "level1" / "references")
+    shutil.copytree(data / "eval", other / "eval", dirs_exist_ok=True)
+    with pytest.raises(DataError, match="references has no manifest"):
+        teach(other, tmp_path / "new")
+    assert not (tmp_path / "new" / "01-text1").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.text1.selector=all", "selector and tokens_per_head are for memory levels"),
+        ("stages.text1.level=words/level1", "level"),
+        ("stages.text1.smell=1", "unknown key stages.text1.smell"),
+        ("stages.text1.sequence_tokens=2000", "max_position_embeddings 1024"),
+        ("stages.text1.warmup=9", "stage text1.*warmup_steps is 9 but run.steps is 4"),
+        ("stages.text1.level=text/level2", "level2"),
+        ("stages.memory1.selector=smell", "no selector 'smell'"),
+        ("common.reading.memory.layers=[7]", "memory layer 7 does not exist"),
+        ("common.run.steps=3", "common.run.steps: each stage has its own"),
+        ("common.run.precison=bf16", "unknown key run.precison; allowed here"),
+        ("stages={}", "no stage has steps"),
+        ("model.host.vocab_size=300", "raise model.host.vocab_size"),
+        ("probe.references=1", "probe.references"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    data: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    with pytest.raises(StrataError, match=said) as refused:
+        teach(data, tmp_path / "run", override)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.glob("run/*/checkpoints"))
+
+
+def test_stages_that_come_with_strata_can_be_planned(tmp_path: Path) -> None:
+    """They fit the levels of the data that come with strata."""
+    config, made = read_stages(), read_settings()
+    plan = plan_stages(config, data=tmp_path, out=tmp_path)
+    assert [stage.number for stage in plan] == list(range(1, len(plan) + 1))
+    for stage, planned in zip(config.stages.values(), plan, strict=True):
+        kind, level = stage.level.split("/")
+        assert getattr(made, kind)[level].row_tokens == stage.sequence_tokens
+        assert (planned.memory is not None) == (kind == "memory")
+    assert memory_of(plan, 1) == next(s.memory for s in plan if s.memory is not None)
+    assert plan[-1].memory is not None and plan[-1].memory.tokens_per_head == 8
+    host = config.model.host or {}
+    assert host["vocab_size"] == made.vocab_size
+    reading = plan[-1].recipe.reading
+    assert reading is not None and reading.reach == made.reach + 1
+    assert reading.memory.reference_tokens >= made.reference_tokens
+
+
+# What is asked
+
+
+def test_looks_agree_with_eval_memory(data: Path, taught: Path, tmp_path: Path) -> None:
+    """The same answers as one by one, from a bank; "dense" is what no codec rounds."""
+    pytest.importorskip("lance")
+    model, tokenizer = load(taught / "02-memory1" / "model")
+    dense = ExplicitMemoryConfig(layers=(0, 1), selector="all")
+    config = ProbeConfig(questions=9, references=4, answer_tokens=6, batch_size=4)
+    looked = Probe(data / "eval" / "val", config).ask(model, tokenizer, dense)
+    bank = strata.Bank.create(tmp_path / "bank", model=model, tokenizer=tokenizer)
+    rows = (data / "eval" / "val" / "bank" / "references.jsonl").read_text().splitlines()
+    told = [json.loads(row) for row in rows]
+    bank.add([strata.Document(row["text"], row["id"]) for row in told])
+    questions = read_questions(data / "eval" / "val" / "questions.jsonl")[:9]
+    records = eval_memory(
+        model, tokenizer, bank, questions, retriever=None, formats=("none", "text", "dense"),
+        max_new_tokens=6,
+    ).records  # fmt: skip
+    for way, name in (("none", "none"), ("text_1", "text"), ("memory_1", "dense")):
+        written = [record.text for record in records if record.format == name]
+        assert [answer.text for answer in looked[way].answers] == written
+    texts = [[answer.text for answer in result.answers] for result in looked.values()]
+    assert len({tuple(answers) for answers in texts}) == 5  # every way gives something else
+
+
+def test_what_is_given_is_drawn_once_and_holds_the_answer(data: Path) -> None:
+    config = ProbeConfig(questions=12, references=5)
+    probes = [Probe(data / "eval" / "val", config) for _ in range(2)]
+    questions = read_questions(data / "eval" / "val" / "questions.jsonl")[:12]
+    places = set()
+    for place, question in enumerate(questions):
+        names = probes[0]._given(place, 5)
+        assert names == probes[1]._given(place, 5) and len(set(names)) == 5
+        assert probes[0]._given(place, 1) == [question.source]
+        places.add(names.index(str(question.source)))
+    assert len(places) > 2
+
+
+# The commands
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["strata", "reader", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_the_command_says_how_to_go_on(
+    run: Callable[..., tuple[int, str, str]], data: Path, taught: Path, tmp_path: Path
+) -> None:
+    new = ("train", "--data", data, "--out", tmp_path / "run", *SMALL)
+    code, printed, _ = run(*new, "--for-minutes", "1e-9")
+    assert code == 75
+    assert "time: stopped at step 0 of text1, run the same command to go on" in printed
+    code, printed, _ = run(*new, "--for-minutes", "1e-9", "--json")
+    assert code == 75 and json.loads(printed)["stopped_by"] == "time"
+    code, printed, err = run("train", "--data", data, "--out", taught, *SMALL)
+    assert code == 0, err
+    assert f"all stages are done, the model is {taught / '03-memory3' / 'model'}" in printed
+
+
+def test_wrong_input_is_one_line(
+    run: Callable[..., tuple[int, str, str]], data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments, expected in (
+        (("train", "--for-minutes", "0"), "--for-minutes 0.0: give more than 0"),
+        (("train", "--stages", tmp_path / "no.yaml"), "no recipe at"),
+        (("train", "--data", tmp_path / "no"), "make it with strata reader data"),
+        (("train", "stages.text1"), "not of the form"),
+        (("train", "--data", data, "--out", tmp_path / "file", *SMALL), "is a file"),
+        (("eval", "--run", tmp_path / "no"), "no finished stage"),
+        (("eval", "--limit", "0"), "--limit 0: give 1 or more"),
+    ):
+        code, printed, err = run(*arguments)
+        assert code == 2 and not printed
+        assert expected in err and err.count("\n") == 1, err
+
+
+def test_the_exam_asks_in_every_format(
+    run: Callable[..., tuple[int, str, str]], data: Path, taught: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lance")
+    with pytest.raises(ModelError, match="give one of 01-text1, 02-memory1, 03-memory3"):
+        examine(data, run=taught, out=tmp_path, stage="memory2")
+    command = ("eval", "--data", data, "--run", taught, "--out", tmp_path, "--embedder", "none",
+               "--codec", "int8", "--limit", 4, "--top-k", 2, "--max-new-tokens", 3)  # fmt: skip
+    code, printed, err = run(*command)
+    assert code == 0, err
+    assert "03-memory3, oracle: 4 questions" in printed and "03-memory3, search: 4" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    for by in ("oracle", "search"):
+        formats = [score["format"] for score in report[by]["scores"]]
+        assert formats == ["none", "text", "dense", "explicit", "explicit:int8"]
+        assert len(report[by]["records"]) == 4 * 5
+    assert report["oracle"]["found"] == 1.0
+    code, printed, err = run(*command, "--json")  # the bank is there
+    assert code == 0 and json.loads(printed)["stage"] == "03-memory3", err
