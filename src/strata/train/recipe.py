@@ -26,6 +26,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {
         "name",
         "data.dir",
+        "model.attn_implementation",
         "reading.references",
         "run.dir",
         "run.device",
