@@ -91,10 +91,13 @@ def test_formats_differ_in_what_is_given_and_in_nothing_else(
     nats = {name: score.nats_per_answer for name, score in by_format.items()}
     # The bank's own code is bf16: made anew it is the same memory.
     assert nats["explicit:bf16"] == pytest.approx(nats["explicit"], rel=1e-4)
+    assert nats["cached"] == nats["text"]
     assert len({round(value, 6) for value in nats.values()}) == 5
     kib = {name: score.kib_per_reference for name, score in by_format.items()}
     assert kib["none"] == 0 < kib["text"] < kib["explicit:int4"] < kib["explicit"] < kib["dense"]
-    assert kib["explicit"] == kib["explicit:bf16"]
+    assert kib["explicit"] == kib["explicit:bf16"] and kib["cached"] == kib["dense"]
+    said = {(record.id, record.format): record.text for record in result.records}
+    assert all(said[name, "cached"] == said[name, "text"] for name in TOWNS)
     for record in result.records:
         source = f"{record.id}:0-{len(TOWNS[record.id])}"
         assert record.sources == (() if record.format == "none" else (source,))
@@ -116,6 +119,24 @@ def test_text_is_the_prompt_with_its_references(
     want = recall(model, told, tokenizer=tokenizer).nats_per_answer
     assert result.scores[0].nats_per_answer == pytest.approx(want, rel=1e-5)
     assert result.scores[0].retrieval == "oracle" and result.found == 1.0
+
+
+def test_a_cached_beginning_is_not_computed_again(
+    bank: strata.Bank, model: Any, tokenizer: Any, files: tuple[Path, Path]
+) -> None:
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((*args, kwargs.get("input_ids"))[0].shape[1]),
+        with_kwargs=True,
+    )
+    question = read_questions(files[0])[0]
+    eval_memory(
+        model, tokenizer, bank, [question], retriever=None, formats=("cached",), top_k=1,
+        max_new_tokens=1,
+    )  # fmt: skip
+    whole = len(tokenizer(f"{TOWNS[question.id]}\n\n{question.prompt}")["input_ids"])
+    filled, first = lengths[:2]
+    assert first > 0 and filled > first and filled + first == whole
 
 
 def test_what_counts_as_hallucinated(
@@ -162,7 +183,7 @@ def test_the_command_line(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--format", "words"), "give some of none, text, dense, explicit"),
+        (("--format", "words"), "give some of none, text, cached, dense, explicit"),
         (("--top-k", "0"), "--top-k 0: give 1 or more"),
         (("--max-new-tokens", "60"), "do not fit the model's context of 64"),
         (("--by", "luck"), "no way to search 'luck'"),

@@ -2,6 +2,8 @@
 
     none              the question alone
     text              references before the question: RAG
+    cached            the same, their keys and values computed beforehand, in this very order: the
+                      most that any prefix cache can save
     dense             keys and values of all their tokens, heads and layers
     explicit          the bank's memories
     explicit:CODEC    the same memories in another code, trained on references of the bank
@@ -17,10 +19,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from strata.errors import ConfigError, DataError
 from strata.evals.questions import Question, contains_answer, exact_match
@@ -44,7 +53,7 @@ from strata.explicit.memories import Memories
 from strata.explicit.retrieve import Retriever
 from strata.explicit.settings import ExplicitMemoryConfig
 
-FORMATS = ("none", "text", "dense", "explicit")
+FORMATS = ("none", "text", "cached", "dense", "explicit")
 REFUSALS = ("unknown", "I do not know", "I don't know", "not known")
 _TRAINING_MEMORIES = 512
 
@@ -62,7 +71,7 @@ class Asked:
         exact, contains: it equals, or holds, an accepted answer, after normalisation.
         nats: negative log-likelihood of the likeliest accepted answer.
         found: an accepted answer stands in a reference that was given.
-        ttft_ms: to the first token; searching counts, but for none.
+        ttft_ms: to the first token; searching counts, but for none, and filling a cache does not.
         tokens_per_s: after the first token; None for a single one.
         sources: of the references given, best first.
     """
@@ -149,7 +158,7 @@ class _Way:
 
     Attributes:
         name: of the format.
-        config: settings of its memories; None for text and none.
+        config: settings of its memories; None for none, text and cached.
         ready: makes what `load` reads, not timed.
         load: ids to memories.
         kib: stored of a reference.
@@ -257,21 +266,23 @@ def _way(name: str, model: PreTrainedModel, tokenizer: Any, bank: Bank) -> _Way:
         kib = bank.codec.bytes_per_memory / 1024
         return _Way(name, bank.settings.config, lambda hits: bank.load, kib)
     host = Host(model)
-    config = ExplicitMemoryConfig(
+    whole = ExplicitMemoryConfig(
         layers=tuple(n for n in range(host.num_layers) if not host.is_sliding(n)),
         selector="all",
         reference_tokens=bank.settings.config.reference_tokens,
         marker=bank.settings.config.marker,
     )
-    encoder = Encoder(host, tokenizer, config)
-    size = make_codec(config.codec, encoder.shape).bytes_per_memory
+    encoder = Encoder(host, tokenizer, whole)
+    kib = make_codec(whole.codec, encoder.shape).bytes_per_memory / 1024
+    if name == "cached":
+        return _Way(name, None, None, kib)
 
     def ready(hits: Sequence[Hit]) -> Load:
         memories = encoder.encode([hit.text for hit in hits])
         places = {hit.id: number for number, hit in enumerate(hits)}
         return lambda ids: memories[[places[name] for name in ids]]
 
-    return _Way(name, config, ready, size / 1024)
+    return _Way(name, whole, ready, kib)
 
 
 def _coded(codec_name: str, bank: Bank) -> _Way:
@@ -301,7 +312,7 @@ def _ask(
     top_k: int,
     max_new_tokens: int,
 ) -> Asked:
-    texts = [hit.text for hit in hits] if way.name == "text" else []
+    texts = [hit.text for hit in hits] if way.name in ("text", "cached") else []
     prompt = encode_prompt(tokenizer, "\n\n".join([*texts, question.prompt]))
     limit = context_limit(model)
     if limit is not None and len(prompt) + max_new_tokens > limit:
@@ -313,12 +324,16 @@ def _ask(
     end = tokenizer.eos_token_id
     if end is None:
         raise ConfigError("the tokenizer has no eos token: nothing would end an answer")
+    cache = None
+    if way.name == "cached" and texts:
+        cache = _cached(model, prompt, encode_prompt(tokenizer, "\n\n".join([*texts, ""])))
     with _reading(way, hits, model, tokenizer, top_k):
         begin_s = time.perf_counter()
         clock = _Clock()
         ids = torch.tensor([prompt], device=model.device)
         written = model.generate(  # type: ignore[operator]
             ids,
+            past_key_values=cache,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -350,6 +365,16 @@ def _ask(
         tokens_per_s=(len(clock.at_s) - 1) / later_s if later_s > 0 else None,
         sources=tuple(f"{h.source}:{h.start}-{h.end}" for h in hits if way.name != "none"),
     )
+
+
+def _cached(model: PreTrainedModel, prompt: Sequence[int], beginning: Sequence[int]) -> Cache:
+    """Keys and values of the tokens that a prompt and its beginning have in common."""
+    pairs = zip(prompt, beginning, strict=False)
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([prompt[:alike]], device=model.device), past_key_values=cache)
+    return cache
 
 
 @contextmanager
