@@ -10,14 +10,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from strata.errors import BankError, StorageError
-from strata.explicit.bank import portable, records, seals, search, settings, upkeep
+from strata.explicit.bank import info, portable, records, search, settings, upkeep
 from strata.explicit.bank.add import (
     Adder,
     AddReport,
@@ -27,13 +26,14 @@ from strata.explicit.bank.add import (
     EncoderLike,
     sample_references,
 )
+from strata.explicit.bank.info import SourceInfo, Stats, VersionInfo
 from strata.explicit.bank.lock import writing
 from strata.explicit.bank.own import Own, as_documents
 from strata.explicit.bank.records import Record
 from strata.explicit.bank.settings import BankSettings, EmbedderSettings
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.upkeep import CompactReport
-from strata.explicit.bank.vectors import VectorTables, has_vector_index
+from strata.explicit.bank.vectors import VectorTables
 from strata.explicit.bank.verify import VerifyReport, verify
 from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
 from strata.explicit.embed import make_embedder
@@ -44,62 +44,6 @@ from strata.explicit.memories import Memories, MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
 
 _OURS = {settings.DATASET, settings.SEALS, settings.CODEC, settings.LOCK, "bank.json.tmp"}
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """One source in a bank.
-
-    Attributes:
-        references: rows of it.
-        cold: those of them without memories yet.
-    """
-
-    source: str
-    references: int
-    cold: int
-
-
-@dataclass(frozen=True)
-class VersionInfo:
-    """One version that can be opened.
-
-    Attributes:
-        at_s: when it was committed, seconds since 1970.
-        what: what the commit did.
-    """
-
-    version: int
-    rows: int
-    at_s: float
-    what: str
-
-
-@dataclass(frozen=True)
-class Stats:
-    """A bank in numbers.
-
-    Attributes:
-        references, cold: rows, and those without memories.
-        sources: distinct ones.
-        characters: of all texts; references may overlap.
-        memory_bytes: of one memory's codes; None in a bank without a model.
-        disk_bytes: of the whole folder, old versions included.
-        files: data files of this version.
-        unindexed: rows that searches look at one by one.
-        vector_index: whether vectors are searched through an index.
-    """
-
-    version: int
-    references: int
-    cold: int
-    sources: int
-    characters: int
-    memory_bytes: int | None
-    disk_bytes: int
-    files: int
-    unindexed: int
-    vector_index: bool
 
 
 class Bank:
@@ -603,35 +547,11 @@ class Bank:
 
     def ls(self) -> list[SourceInfo]:
         """All sources, by name."""
-        counts: dict[str, list[int]] = {}
-        for batch in self._store.scan(["source", "checksum"], rows_at_once=8192):
-            pairs = zip(batch["source"].to_pylist(), batch["checksum"].to_pylist(), strict=True)
-            for source, check in pairs:
-                count = counts.setdefault(source, [0, 0])
-                count[0] += 1
-                count[1] += records.is_cold(check)
-        return [SourceInfo(source, *counts[source]) for source in sorted(counts)]
+        return info.sources(self._store)
 
     def stats(self) -> Stats:
         """The bank in numbers; reads texts and sources once."""
-        sources = self.ls()
-        characters = sum(
-            len(text)
-            for batch in self._store.scan(["text"], rows_at_once=8192)
-            for text in batch["text"].to_pylist()
-        )
-        return Stats(
-            version=self.version,
-            references=len(self),
-            cold=sum(source.cold for source in sources),
-            sources=len(sources),
-            characters=characters,
-            memory_bytes=None if self.codec is None else self.codec.bytes_per_memory,
-            disk_bytes=upkeep.folder_bytes(self.path),
-            files=len(self._store.dataset.get_fragments()),
-            unindexed=search.unindexed_rows(self._store),
-            vector_index=has_vector_index(self._store),
-        )
+        return info.stats(self._store, self.codec)
 
     def digest(self) -> str:
         """A hash of all content, whatever its order: equal for banks of equal records."""
@@ -667,8 +587,7 @@ class Bank:
 
     def versions(self) -> list[VersionInfo]:
         """Versions that can be opened, oldest first."""
-        found = [seals.read(self.path, version) for version in seals.versions(self.path)]
-        return [VersionInfo(seal.version, seal.rows, seal.at_s, seal.what) for seal in found]
+        return info.versions(self.path)
 
     def export(self, out: str | Path) -> int:
         """Write this version to a new folder of plain files, parquet and JSON; returns records.
