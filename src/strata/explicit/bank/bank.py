@@ -7,7 +7,6 @@ time. Lance's threads do not survive a fork: open a bank after forking, not befo
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,35 +14,27 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from strata.errors import BankError, StorageError
+from strata.errors import BankError
 from strata.explicit.bank import info, portable, records, search, settings, upkeep
-from strata.explicit.bank.add import (
-    Adder,
-    AddReport,
-    Cut,
-    DocumentLike,
-    EmbedderLike,
-    EncoderLike,
-    sample_references,
-)
+from strata.explicit.bank.add import Adder, AddReport, sample_references
+from strata.explicit.bank.folder import make_folder
+from strata.explicit.bank.given import Cut, DocumentLike, EmbedderLike, EncoderLike, as_documents
 from strata.explicit.bank.info import SourceInfo, Stats, VersionInfo
 from strata.explicit.bank.lock import writing
-from strata.explicit.bank.own import Own, as_documents
+from strata.explicit.bank.own import Own
 from strata.explicit.bank.records import Record
 from strata.explicit.bank.settings import BankSettings, EmbedderSettings
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.upkeep import CompactReport
 from strata.explicit.bank.vectors import VectorTables
 from strata.explicit.bank.verify import VerifyReport, verify
-from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
+from strata.explicit.codec import Codec, save_codec
 from strata.explicit.embed import make_embedder
 from strata.explicit.encode import Encoder
 from strata.explicit.fingerprint import Fingerprint, refuse_other
 from strata.explicit.hits import Hit, Ranking
 from strata.explicit.memories import Memories, MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
-
-_OURS = {settings.DATASET, settings.SEALS, settings.CODEC, settings.LOCK, "bank.json.tmp"}
 
 
 class Bank:
@@ -97,48 +88,20 @@ class Bank:
         config = config or ExplicitMemoryConfig()
         own = None
         if model is not None:
-            own = _own_of(model, tokenizer, config)
+            own = Own.of(model, tokenizer, config)
             shape, fingerprint = own.encoder.shape, own.fingerprint
         if isinstance(embedder, str):
             embedder = make_embedder(embedder)
-        given = BankSettings(config=config, embedder=_embedder_settings(embedder))
-        codec = None
+        given = BankSettings(config=config, embedder=settings.embedder_settings(embedder))
         if shape is not None or fingerprint is not None:
-            given, codec = _with_model(given, shape, fingerprint)
-        bank = cls._make(path, given, codec)
+            given = given.with_model(shape, fingerprint)
+        codec = settings.open_codec(path, given)
+        bank = cls(path, given, codec, make_folder(path, given))
         bank._checked = fingerprint is not None
         bank._own = own
         if embedder is not None and not isinstance(embedder, EmbedderSettings):
             bank._embedder = embedder
         return bank
-
-    @classmethod
-    def _make(
-        cls,
-        path: Path,
-        given: BankSettings,
-        codec: Codec | None,
-        fill: Callable[[Store], None] | None = None,
-    ) -> Bank:
-        if path.is_file():
-            raise BankError(f"{path} is a file: give the name of a new folder")
-        if (path / settings.SETTINGS).exists():
-            raise BankError(f"there is a bank at {path}: open it, or give another folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            strangers = [entry.name for entry in path.iterdir() if entry.name not in _OURS]
-            if strangers:
-                raise BankError(f"{path} is not empty (it holds {strangers[0]!r}): give a new one")
-            with writing(path):
-                upkeep.clear(path)
-                width = None if given.embedder is None else given.embedder.width
-                store = Store.create(path, records.schema(width), search.set_up)
-                if fill is not None:
-                    fill(store)
-                settings.write_settings(path, given)  # last: without it there is no bank
-        except OSError as error:
-            raise StorageError(f"bank {path} cannot be made: {error.strerror}") from None
-        return cls(path, given, codec, store)
 
     @classmethod
     def open(cls, path: str | Path, *, version: int | None = None) -> Bank:
@@ -153,7 +116,7 @@ class Bank:
         """
         path = Path(path)
         given = settings.read_settings(path)
-        return cls(path, given, _open_codec(path, given), Store(path, version=version))
+        return cls(path, given, settings.open_codec(path, given), Store(path, version=version))
 
     def use(self, model: PreTrainedModel, tokenizer: Any) -> Bank:
         """Write with this model from now on, if it is the bank's; returns the bank.
@@ -161,7 +124,7 @@ class Bank:
         Raises:
             BankError: another model's bank; one sentence says what differs.
         """
-        own = _own_of(model, tokenizer, self.settings.config)
+        own = Own.of(model, tokenizer, self.settings.config)
         if self.settings.fingerprint is None:
             self.bind(own.encoder.shape, own.fingerprint)
         else:
@@ -199,7 +162,7 @@ class Bank:
     def refresh(self) -> None:
         """See what others committed meanwhile, settings too."""
         self.settings = settings.read_settings(self.path)
-        self.codec = _open_codec(self.path, self.settings)
+        self.codec = settings.open_codec(self.path, self.settings)
         self._store.refresh()
 
     def check(self, model: Fingerprint) -> None:
@@ -222,7 +185,8 @@ class Bank:
         with self._writing():
             if self.settings.fingerprint is not None:
                 raise BankError(f"bank {self.path} belongs to a model already: make a new bank")
-            given, codec = _with_model(self.settings, shape, fingerprint)
+            given = self.settings.with_model(shape, fingerprint)
+            codec = settings.open_codec(self.path, given)
             settings.write_settings(self.path, given)
             self.settings, self.codec, self._checked = given, codec, True
 
@@ -308,7 +272,7 @@ class Bank:
         if cut is None:
             cut, encoder, embedder = self._ways(given, cold=cold)
         with self._writing():
-            self._check_embedder(embedder)
+            settings.refuse_other_embedder(self.path, self.settings.embedder, embedder)
             codec = None if encoder is None else self._codec_for(encoder)
             if codec is not None and not codec.trained:
                 raise BankError(
@@ -610,18 +574,9 @@ class Bank:
         """
         source, path = Path(source), Path(path)
         given = portable.check_export(source)
-        codec = _open_codec(source, given)
-
-        def fill(store: Store) -> None:
-            if given.codec_sha256 is not None:
-                shutil.copyfile(source / settings.CODEC, path / settings.CODEC)
-            fragments: list[Any] = []
-            for table in portable.read_tables(source, store.columns):
-                fragments += store.write(table)
-            store.commit(fragments, None, f"import {source.name}")
-            search.keep_indexed(store, index_rows=search.INDEX_ROWS)
-
-        return cls._make(path, given, codec, fill)
+        codec = settings.open_codec(source, given)
+        store = make_folder(path, given, lambda store: portable.read_into(store, source, given))
+        return cls(path, given, codec, store)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -629,7 +584,7 @@ class Bank:
         with writing(self.path):
             there = settings.read_settings(self.path)
             if there != self.settings:
-                self.settings, self.codec = there, _open_codec(self.path, there)
+                self.settings, self.codec = there, settings.open_codec(self.path, there)
                 self._checked = False
             self._store.roll_forward()
             yield
@@ -666,50 +621,3 @@ class Bank:
         if shape is not None and shape != self.codec.shape:
             raise BankError(f"the encoder's memory heads are not those of bank {self.path}")
         return self.codec
-
-    def _check_embedder(self, given: EmbedderLike | None) -> None:
-        wanted = self.settings.embedder
-        if (given is None) != (wanted is None):
-            has = "no vectors" if wanted is None else f"vectors of embedder {wanted.name!r}"
-            raise BankError(f"bank {self.path} holds {has}: give that embedder, or none")
-        if given is not None and wanted is not None and _embedder_settings(given) != wanted:
-            raise BankError(
-                f"bank {self.path} holds vectors of embedder {wanted.name!r} (width "
-                f"{wanted.width}), given {given.name!r} (width {given.width}): give the former, or "
-                "make a new bank"
-            )
-
-
-def _own_of(model: PreTrainedModel, tokenizer: Any, config: ExplicitMemoryConfig) -> Own:
-    if tokenizer is None:
-        raise BankError("a model was given without its tokenizer: give both")
-    return Own.of(model, tokenizer, config)
-
-
-def _embedder_settings(given: EmbedderLike | EmbedderSettings | None) -> EmbedderSettings | None:
-    if given is None or isinstance(given, EmbedderSettings):
-        return given
-    return EmbedderSettings(name=given.name, width=given.width)
-
-
-def _with_model(
-    given: BankSettings, shape: MemoryShape | None, fingerprint: Fingerprint | None
-) -> tuple[BankSettings, Codec]:
-    if shape is None or fingerprint is None:
-        raise BankError("a bank belongs to a model by its memory shape and its fingerprint: both")
-    codec = make_codec(given.config.codec, shape)
-    update = {
-        "heads": shape.heads,
-        "tokens": shape.tokens,
-        "head_dim": shape.head_dim,
-        "fingerprint": fingerprint,
-    }
-    return given.model_copy(update=update), codec
-
-
-def _open_codec(path: Path, given: BankSettings) -> Codec | None:
-    if given.shape is None:
-        return None
-    if given.codec_sha256 is None:
-        return make_codec(given.config.codec, given.shape)
-    return load_codec(given.config.codec, given.shape, path / settings.CODEC, given.codec_sha256)
