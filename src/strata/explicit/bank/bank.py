@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from strata.errors import BankError
-from strata.explicit.bank import info, portable, records, search, settings, upkeep
+from strata.explicit.bank import change, info, portable, records, rows, search, settings, upkeep
 from strata.explicit.bank.add import Adder, AddReport, sample_references
 from strata.explicit.bank.folder import make_folder
 from strata.explicit.bank.given import Cut, DocumentLike, EmbedderLike, EncoderLike, as_documents
@@ -303,19 +303,7 @@ class Bank:
             BankError: a source is not in the bank; nothing is removed then.
         """
         with self._writing():
-            wanted = {records.source_digest(source): source for source in sources}
-            if not wanted:
-                return 0
-            gone = records.one_of("source_id", wanted)
-            there = {
-                found
-                for batch in self._store.scan(["source_id"], where=gone)
-                for found in batch["source_id"].to_pylist()
-            }
-            for digest, source in wanted.items():
-                if digest not in there:
-                    raise BankError(f"no source {source!r} in bank {self.path}: list its sources")
-            return self._store.commit([], gone, f"remove {len(wanted)} sources")
+            return change.remove(self._store, sources)
 
     def fill(self, ids: Sequence[str], memories: Memories) -> None:
         """Give cold rows their memories, in one commit; rows that have some keep them.
@@ -332,31 +320,11 @@ class Bank:
         if len(ids) != len(memories) or len(set(ids)) != len(ids):
             raise BankError(f"{len(ids)} ids for {len(memories)} memories, or an id twice")
         with self._writing():
-            codec = self._codec_for(None)
-            blobs = dict(zip(ids, codec.encode(memories), strict=True))
-            rows = search.rows_by_id(self._store, ids, self._store.columns.names)
-            cold = []
-            for identifier in ids:
-                row = rows[identifier]
-                records.checked_record(row)
-                if row["codes"] is None:
-                    row["codes"] = blobs[identifier]
-                    row["checksum"] = records.checksum(row)
-                    cold.append(row)
-            if cold:
-                fragments = self._store.write(records.table_of(cold, self._store.columns))
-                gone = records.one_of("id", [row["id"] for row in cold])
-                self._store.commit(fragments, gone, f"fill {len(cold)} memories")
+            change.fill(self._store, self._codec_for(None), ids, memories)
 
     def cold(self, *, limit: int | None = None) -> list[str]:
         """Ids of rows without memories, at most `limit` of them."""
-        found: list[str] = []
-        for batch in self._store.scan(["id", "checksum"], rows_at_once=8192):
-            pairs = zip(batch["id"].to_pylist(), batch["checksum"].to_pylist(), strict=True)
-            found += [identifier for identifier, check in pairs if records.is_cold(check)]
-            if limit is not None and len(found) >= limit:
-                return found[:limit]
-        return found
+        return rows.cold(self._store, limit)
 
     def cold_among(self, ids: Sequence[str]) -> list[str]:
         """Those of `ids` without memories, in order; their codes are not read.
@@ -364,8 +332,8 @@ class Bank:
         Raises:
             BankError: an id is not in the bank.
         """
-        rows = search.rows_by_id(self._store, ids, ["id", "checksum"])
-        return [name for name in ids if records.is_cold(rows[name]["checksum"])]
+        found = rows.by_id(self._store, ids, ["id", "checksum"])
+        return [name for name in ids if records.is_cold(found[name]["checksum"])]
 
     def search(
         self,
@@ -422,8 +390,8 @@ class Bank:
         Raises:
             BankError: an id is not in the bank, or its record is damaged.
         """
-        rows = search.rows_by_id(self._store, ids, self._store.columns.names)
-        return [records.checked_record(rows[identifier]) for identifier in ids]
+        found = rows.by_id(self._store, ids, self._store.columns.names)
+        return [records.checked_record(found[identifier]) for identifier in ids]
 
     def of_source(self, source: str) -> list[Hit]:
         """References of one source, in the order of its text, with the score 0; none if unknown.
@@ -441,13 +409,7 @@ class Bank:
 
     def sample_texts(self, count: int) -> list[str]:
         """Texts of at most `count` references, evenly spaced through the bank."""
-        step = max(1, -(-len(self) // count))
-        texts, at = [], 0
-        for batch in self._store.scan(["text"], rows_at_once=8192):
-            column = batch["text"]
-            texts += [column[place].as_py() for place in range(-at % step, len(column), step)]
-            at += len(column)
-        return texts
+        return rows.sample_texts(self._store, count)
 
     def blobs(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Codes of records, each checked; cold ones are left out.
@@ -455,8 +417,8 @@ class Bank:
         Raises:
             BankError: an id is not in the bank, or its codes are damaged.
         """
-        rows = search.rows_by_id(self._store, ids, ["id", "codes", "checksum"])
-        found = {identifier: records.checked_codes(row) for identifier, row in rows.items()}
+        there = rows.by_id(self._store, ids, ["id", "codes", "checksum"])
+        found = {identifier: records.checked_codes(row) for identifier, row in there.items()}
         return {identifier: codes for identifier, codes in found.items() if codes is not None}
 
     def load(self, ids: Sequence[str]) -> Memories:
@@ -487,12 +449,7 @@ class Bank:
         """
         if self.codec is None:
             raise BankError(f"bank {self.path} belongs to no model yet: it has no memories")
-        columns, condition = ["id", "codes", "checksum"], records.condition(where)
-        for batch in self._store.scan(columns, where=condition, rows_at_once=rows_at_once):
-            found = {row["id"]: records.checked_codes(row) for row in batch.to_pylist()}
-            warm = {identifier: codes for identifier, codes in found.items() if codes is not None}
-            if warm:
-                yield list(warm), self.codec.decode(list(warm.values()))
+        yield from rows.memories(self._store, self.codec, where, rows_at_once)
 
     def show(self, identifier: str) -> Record:
         """One record; the first 4 or more digits of its id are enough where no other begins so.
@@ -500,14 +457,7 @@ class Bank:
         Raises:
             BankError: none or several begin so.
         """
-        if not 4 <= len(identifier) <= 32 or not set(identifier) <= set("0123456789abcdef"):
-            raise BankError(f"{identifier!r} is no record id: give 4 to 32 hexadecimal digits")
-        where = f"id LIKE '{identifier}%'"
-        ids = [i for b in self._store.scan(["id"], where=where) for i in b["id"].to_pylist()]
-        if len(ids) != 1:
-            how_many = f"{len(ids)} records begin" if ids else "no record begins"
-            raise BankError(f"{how_many} with {identifier} in bank {self.path}")
-        return self.take(ids)[0]
+        return self.take([rows.id_of(self._store, identifier)])[0]
 
     def ls(self) -> list[SourceInfo]:
         """All sources, by name."""
