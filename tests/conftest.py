@@ -5,10 +5,12 @@ Every test runs offline, with one thread and from the same seeds.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +71,28 @@ def _same_start() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: `run("bank", "ls", folder)`.
+
+    Gives its exit code and what it wrote to stdout and stderr; `stdin="..."` is what it reads.
+    """
+
+    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        from strata.cli.main import main
+
+        monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture
