@@ -19,6 +19,8 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from strata.train import Recipe
 
 # Before torch and transformers are imported, and for the processes that tests start.
@@ -37,6 +39,12 @@ WORDS = (
     "The capital of France is Paris. The capital of Chad is N'Djamena. Question: which city?\n"
     "Answer: Rome. It lies on the river, and the river runs to the sea.\n"
 )
+
+TOWNS = {
+    "aral.txt": "Aral has a harbour of salt. Its mayor is called Orla Venn.",
+    "bryn.md": "# Bryn\n\nThe bridge of Bryn was built by Tomas Quill in the year of the flood.",
+    "cairn.txt": "Cairn sells wool. The market opens at nine. Foreigners are welcome there.",
+}
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +163,32 @@ def tiny_model(_tiny_model_master: Path, tmp_path: Path) -> Path:
     """A copy of the folder that a test may damage."""
     folder = tmp_path / "tiny_model"
     shutil.copytree(_tiny_model_master, folder)
+    return folder
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> PreTrainedModel:
+    """The model of that folder, opened."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of that folder, opened."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def towns(tmp_path: Path) -> Path:
+    """A folder of three short documents: aral.txt, bryn.md and cairn.txt."""
+    folder = tmp_path / "towns"
+    folder.mkdir()
+    for name, text in TOWNS.items():
+        (folder / name).write_text(text)
     return folder
 
 

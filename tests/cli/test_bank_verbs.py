@@ -21,21 +21,6 @@ pytest.importorskip("lance")
 
 Run = Callable[..., tuple[int, str, str]]
 
-TOWNS = {
-    "aral.txt": "Aral has a harbour of salt. Its mayor is called Orla Venn.",
-    "bryn.md": "# Bryn\n\nThe bridge of Bryn was built by Tomas Quill in the year of the flood.",
-    "cairn.txt": "Cairn sells wool. The market opens at nine. Foreigners are welcome there.",
-}
-
-
-@pytest.fixture
-def towns(tmp_path: Path) -> Path:
-    folder = tmp_path / "towns"
-    folder.mkdir()
-    for name, text in TOWNS.items():
-        (folder / name).write_text(text)
-    return folder
-
 
 @pytest.fixture
 def bank(run: Run, tmp_path: Path, tiny_model: Path, towns: Path) -> Path:
@@ -59,13 +44,14 @@ def test_from_documents_to_hits(run: Run, bank: Path, towns: Path, tiny_model: P
     code, out, _ = run("bank", "ls", bank, "--json")
     sources = json.loads(out)
     assert code == 0
-    assert [source["source"] for source in sources] == sorted(str(towns / name) for name in TOWNS)
+    assert [source["source"] for source in sources] == sorted(map(str, towns.iterdir()))
     assert all(source["references"] >= 1 and source["cold"] == 0 for source in sources)
 
     code, out, _ = run("bank", "search", bank, "who built the bridge?", "--json", "--top-k", 2)
     best = json.loads(out)[0]
     assert code == 0 and "bridge" in best["text"]
-    assert TOWNS["bryn.md"][best["start"] : best["end"]] == best["text"]
+    told = (towns / "bryn.md").read_text()
+    assert told[best["start"] : best["end"]] == best["text"]
 
     code, out, _ = run("bank", "show", bank, best["id"][:8])
     assert code == 0 and best["text"] in out and "cold" not in out
@@ -254,14 +240,14 @@ def test_more_hits_than_there_are(run: Run, bank: Path, tiny_model: Path) -> Non
     assert code == 0 and "from 3 places" in err
 
 
-def test_the_models_own_queries_search(run: Run, bank: Path, tiny_model: Path) -> None:
+def test_the_models_own_queries_search(run: Run, bank: Path, towns: Path, tiny_model: Path) -> None:
+    asked = (towns / "cairn.txt").read_text()
     code, out, err = run(
-        "bank", "search", bank, TOWNS["cairn.txt"], "--by", "queries", "--model", tiny_model,
-        "--json",
+        "bank", "search", bank, asked, "--by", "queries", "--model", tiny_model, "--json",
     )  # fmt: skip
     assert code == 0, err
     hits = json.loads(out)
-    assert {Path(hit["source"]).name for hit in hits} == set(TOWNS)
+    assert {Path(hit["source"]).name for hit in hits} == {path.name for path in towns.iterdir()}
     assert [hit["score"] for hit in hits] == sorted((h["score"] for h in hits), reverse=True)
     code, _, err = run(
         "ask", bank, "the mayor of Aral", "--model", tiny_model, "--by", "queries", "--top-k", "1",

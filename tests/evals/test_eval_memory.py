@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strata
 from strata.errors import ConfigError, DataError
@@ -30,16 +29,6 @@ ROWS = [
     for name, thing in (("aral", "salt"), ("bryn", "wool"), ("cairn", "peat"))
 ]
 ABSENT = [{"prompt": "Dunn sells", "answer": " tin."}]
-
-
-@pytest.fixture
-def model(tiny_model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 @pytest.fixture
