@@ -5,10 +5,12 @@ Every test runs offline, with one thread and from the same seeds.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from strata.train import Recipe
 
 # Before torch and transformers are imported, and for the processes that tests start.
@@ -35,6 +39,12 @@ WORDS = (
     "The capital of France is Paris. The capital of Chad is N'Djamena. Question: which city?\n"
     "Answer: Rome. It lies on the river, and the river runs to the sea.\n"
 )
+
+TOWNS = {
+    "aral.txt": "Aral has a harbour of salt. Its mayor is called Orla Venn.",
+    "bryn.md": "# Bryn\n\nThe bridge of Bryn was built by Tomas Quill in the year of the flood.",
+    "cairn.txt": "Cairn sells wool. The market opens at nine. Foreigners are welcome there.",
+}
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +79,28 @@ def _same_start() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: `run("bank", "ls", folder)`.
+
+    Gives its exit code and what it wrote to stdout and stderr; `stdin="..."` is what it reads.
+    """
+
+    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        from strata.cli.main import main
+
+        monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture
@@ -131,6 +163,32 @@ def tiny_model(_tiny_model_master: Path, tmp_path: Path) -> Path:
     """A copy of the folder that a test may damage."""
     folder = tmp_path / "tiny_model"
     shutil.copytree(_tiny_model_master, folder)
+    return folder
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> PreTrainedModel:
+    """The model of that folder, opened."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of that folder, opened."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def towns(tmp_path: Path) -> Path:
+    """A folder of three short documents: aral.txt, bryn.md and cairn.txt."""
+    folder = tmp_path / "towns"
+    folder.mkdir()
+    for name, text in TOWNS.items():
+        (folder / name).write_text(text)
     return folder
 
 

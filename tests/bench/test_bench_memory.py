@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from strata.bench import memory as bench
 from strata.bench.memory import FORMATS, SIZES, STAGES, Clock
+from strata.bench.memory.answers import Answered, Bench, unending
+from strata.bench.memory.made import make_decoder, make_tokenizer
 from strata.cli import main as command_line
 
 CPU = torch.device("cpu")
@@ -65,20 +66,20 @@ def test_the_tables_name_every_format(
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> bench._Bench:
-    tokenizer = bench._words()
-    model = bench._decoder(SMALL, len(tokenizer)).eval()
+def small(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    tokenizer = make_tokenizer()
+    model = make_decoder(SMALL, len(tokenizer)).eval()
     folder = tmp_path_factory.mktemp("banks")
     with torch.inference_mode():
-        return bench._Bench(SMALL, model, tokenizer, None, Clock(CPU), folder, lambda text: None)
+        return Bench(SMALL, model, tokenizer, None, Clock(CPU), folder, lambda text: None)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_formats_read_what_they_are_named_for(small: bench._Bench, batch: int) -> None:
-    answers: dict[str, bench.Answered] = {}
-    with torch.inference_mode(), bench._unending(small.model):
+def test_formats_read_what_they_are_named_for(small: Bench, batch: int) -> None:
+    answers: dict[str, Answered] = {}
+    with torch.inference_mode(), unending(small.model):
         for name in FORMATS:
-            into: list[bench.Answered] = []
+            into: list[Answered] = []
             small.contestant(name, batch, into)()
             (answers[name],) = into
     for answer in answers.values():
@@ -98,7 +99,7 @@ def test_formats_read_what_they_are_named_for(small: bench._Bench, batch: int) -
         assert answers[name].used[: pieces * batch] == answers["explicit"].used[: pieces * batch]
 
 
-def test_references_are_as_long_as_they_may_be(small: bench._Bench) -> None:
+def test_references_are_as_long_as_they_may_be(small: Bench) -> None:
     bank = small.banks["explicit"]
     assert len(bank) == SMALL.references
     texts = [b["text"].to_pylist() for b in bank._store.scan(["text"])]
@@ -119,10 +120,10 @@ def test_a_stage_within_a_stage_counts_once() -> None:
     assert clock.now_ms() >= embed + search
 
 
-def test_answers_end_as_before(small: bench._Bench) -> None:
+def test_answers_end_as_before(small: Bench) -> None:
     config = small.model.generation_config
     config.eos_token_id = 7
-    with bench._unending(small.model):
+    with unending(small.model):
         assert config.eos_token_id is None
     assert config.eos_token_id == 7
     config.eos_token_id = None
@@ -131,7 +132,7 @@ def test_answers_end_as_before(small: bench._Bench) -> None:
 def test_a_model_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = bench._words()
+    tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,

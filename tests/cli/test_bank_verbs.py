@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,39 +17,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from strata.cli.main import main
-
 pytest.importorskip("lance")
 
 Run = Callable[..., tuple[int, str, str]]
-
-TOWNS = {
-    "aral.txt": "Aral has a harbour of salt. Its mayor is called Orla Venn.",
-    "bryn.md": "# Bryn\n\nThe bridge of Bryn was built by Tomas Quill in the year of the flood.",
-    "cairn.txt": "Cairn sells wool. The market opens at nine. Foreigners are welcome there.",
-}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def towns(tmp_path: Path) -> Path:
-    folder = tmp_path / "towns"
-    folder.mkdir()
-    for name, text in TOWNS.items():
-        (folder / name).write_text(text)
-    return folder
 
 
 @pytest.fixture
@@ -76,13 +44,14 @@ def test_from_documents_to_hits(run: Run, bank: Path, towns: Path, tiny_model: P
     code, out, _ = run("bank", "ls", bank, "--json")
     sources = json.loads(out)
     assert code == 0
-    assert [source["source"] for source in sources] == sorted(str(towns / name) for name in TOWNS)
+    assert [source["source"] for source in sources] == sorted(map(str, towns.iterdir()))
     assert all(source["references"] >= 1 and source["cold"] == 0 for source in sources)
 
     code, out, _ = run("bank", "search", bank, "who built the bridge?", "--json", "--top-k", 2)
     best = json.loads(out)[0]
     assert code == 0 and "bridge" in best["text"]
-    assert TOWNS["bryn.md"][best["start"] : best["end"]] == best["text"]
+    told = (towns / "bryn.md").read_text()
+    assert told[best["start"] : best["end"]] == best["text"]
 
     code, out, _ = run("bank", "show", bank, best["id"][:8])
     assert code == 0 and best["text"] in out and "cold" not in out
@@ -271,14 +240,14 @@ def test_more_hits_than_there_are(run: Run, bank: Path, tiny_model: Path) -> Non
     assert code == 0 and "from 3 places" in err
 
 
-def test_the_models_own_queries_search(run: Run, bank: Path, tiny_model: Path) -> None:
+def test_the_models_own_queries_search(run: Run, bank: Path, towns: Path, tiny_model: Path) -> None:
+    asked = (towns / "cairn.txt").read_text()
     code, out, err = run(
-        "bank", "search", bank, TOWNS["cairn.txt"], "--by", "queries", "--model", tiny_model,
-        "--json",
+        "bank", "search", bank, asked, "--by", "queries", "--model", tiny_model, "--json",
     )  # fmt: skip
     assert code == 0, err
     hits = json.loads(out)
-    assert {Path(hit["source"]).name for hit in hits} == set(TOWNS)
+    assert {Path(hit["source"]).name for hit in hits} == {path.name for path in towns.iterdir()}
     assert [hit["score"] for hit in hits] == sorted((h["score"] for h in hits), reverse=True)
     code, _, err = run(
         "ask", bank, "the mayor of Aral", "--model", tiny_model, "--by", "queries", "--top-k", "1",

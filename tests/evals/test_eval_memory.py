@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strata
-from strata.cli.main import main
 from strata.errors import ConfigError, DataError
 from strata.evals.memory import FORMATS, eval_memory
 from strata.evals.questions import Question, read_questions
@@ -35,16 +32,6 @@ ABSENT = [{"prompt": "Dunn sells", "answer": " tin."}]
 
 
 @pytest.fixture
-def model(tiny_model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
-
-
-@pytest.fixture
 def bank(tmp_path: Path, model: Any, tokenizer: Any) -> strata.Bank:
     config = ExplicitMemoryConfig(reference_tokens=24, tokens_per_head=4)
     bank = strata.Bank.create(tmp_path / "bank", model=model, tokenizer=tokenizer, config=config)
@@ -58,20 +45,6 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     for path, rows in zip(paths, (ROWS, ABSENT), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return paths
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_formats_differ_in_what_is_given_and_in_nothing_else(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import strata
 from strata.errors import BankError, DataError
@@ -16,30 +16,13 @@ from strata.explicit.source import BankSource
 
 pytest.importorskip("lance")
 
-TOWNS = {
-    "aral.txt": "Aral has a harbour of salt. Its mayor is called Orla Venn.",
-    "cairn.txt": "Cairn sells wool. The market opens at nine. Foreigners are welcome there.",
-}
 SMALL = {"reference_tokens": 24, "tokens_per_head": 4}
 
 
 @pytest.fixture
-def model(tiny_model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-
-
-@pytest.fixture
 def tokenizer(tiny_model: Path) -> Any:
+    """The model's own, not the one of a token a character."""
     return AutoTokenizer.from_pretrained(tiny_model)
-
-
-@pytest.fixture
-def towns(tmp_path: Path) -> Path:
-    folder = tmp_path / "towns"
-    folder.mkdir()
-    for name, text in TOWNS.items():
-        (folder / name).write_text(text)
-    return folder
 
 
 def make(path: Path, model: Any, tokenizer: Any, **settings: Any) -> strata.Bank:
@@ -52,7 +35,7 @@ def test_from_a_folder_to_an_answer(
 ) -> None:
     bank = make(tmp_path / "bank", model, tokenizer)
     report = bank.add(towns)
-    assert report.documents == 2 and bank.stats().cold == 0
+    assert report.documents == 3 and bank.stats().cold == 0
     assert bank.add([towns / "aral.txt", str(towns)]).unchanged >= 2
     prompt = tokenizer("the mayor of Aral", return_tensors="pt")
     plain = model.generate(**prompt, max_new_tokens=6, do_sample=False)
@@ -86,7 +69,7 @@ def test_an_opened_bank_uses_its_model_and_no_other(
     with pytest.raises(BankError, match=r"has no model at hand .* use\(model, tokenizer\)"):
         bank.add(towns)
     assert bank.use(model, tokenizer) is bank
-    assert bank.add(towns).documents == 1
+    assert bank.add(towns).documents == 2
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
     with pytest.raises(BankError, match="weights"):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from strata.cli.main import main
+Refused = Callable[..., str]
 
 ANSWER = {"role": "assistant", "content": "Accra"}
 QUESTION = {"role": "user", "content": "Where?"}
@@ -18,17 +19,18 @@ SFT_ROW = {"prompt": "Where is Ada?", "completion": " Accra"}
 DPO_ROW = {"prompt": "Where?", "chosen": " Accra", "rejected": " Fez"}
 
 
-def strata(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> str:
-    """The one line that the command ends with."""
-    monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code in (1, 2)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "strata: error:" in line]
-    assert len(lines) == 1 and "Traceback" not in lines[0]
-    return lines[0]
+@pytest.fixture
+def refused(run: Callable[..., tuple[int, str, str]]) -> Refused:
+    """The one line that a command ends with."""
+
+    def call(*arguments: object) -> str:
+        code, _, err = run(*arguments)
+        assert code in (1, 2)
+        lines = [line for line in err.splitlines() if "strata: error:" in line]
+        assert len(lines) == 1 and "Traceback" not in lines[0]
+        return lines[0]
+
+    return call
 
 
 def write(tmp_path: Path, model: Path, content: str | list[Any], **changes: Any) -> Path:
@@ -73,15 +75,9 @@ def write(tmp_path: Path, model: Path, content: str | list[Any], **changes: Any)
     ],
 )
 def test_wrong_rows(
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    content: str | list[Any],
-    message: str,
+    tiny_model: Path, tmp_path: Path, refused: Refused, content: str | list[Any], message: str
 ) -> None:
-    path = write(tmp_path, tiny_model, content)
-    assert message in strata(monkeypatch, capsys, "sft", path)
+    assert message in refused("sft", write(tmp_path, tiny_model, content))
 
 
 @pytest.mark.parametrize(
@@ -93,15 +89,9 @@ def test_wrong_rows(
     ],
 )
 def test_wrong_preferences(
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    content: list[Any],
-    message: str,
+    tiny_model: Path, tmp_path: Path, refused: Refused, content: list[Any], message: str
 ) -> None:
-    path = write(tmp_path, tiny_model, content)
-    assert message in strata(monkeypatch, capsys, "dpo", path)
+    assert message in refused("dpo", write(tmp_path, tiny_model, content))
 
 
 @pytest.mark.parametrize(
@@ -121,51 +111,33 @@ def test_wrong_preferences(
     ],
 )
 def test_wrong_recipes(
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    override: str,
-    message: str,
+    tiny_model: Path, tmp_path: Path, refused: Refused, override: str, message: str
 ) -> None:
-    path = write(tmp_path, tiny_model, [SFT_ROW])
-    assert message in strata(monkeypatch, capsys, "sft", path, override)
+    assert message in refused("sft", write(tmp_path, tiny_model, [SFT_ROW]), override)
 
 
 def test_without_trl(
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     path = write(tmp_path, tiny_model, [SFT_ROW])
     monkeypatch.setitem(sys.modules, "trl", None)
-    line = strata(monkeypatch, capsys, "sft", path)
+    line = refused("sft", path)
     assert 'strata sft needs trl, which is not installed: pip install "strata-lm[tune]"' in line
 
 
-def test_read_only_tables(
-    tiny_memory_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    import strata as library
+def test_read_only_tables(tiny_memory_model: Path, tmp_path: Path, refused: Refused) -> None:
+    import strata
     from strata.models import load
 
     model, tokenizer = load(tiny_memory_model)
-    library.quantize_values(model, "int8")
+    strata.quantize_values(model, "int8")
     model.save_pretrained(tmp_path / "int8")
     tokenizer.save_pretrained(tmp_path / "int8")
-    path = write(tmp_path, tmp_path / "int8", [SFT_ROW])
-    assert "int8" in strata(monkeypatch, capsys, "sft", path)
+    assert "int8" in refused("sft", write(tmp_path, tmp_path / "int8", [SFT_ROW]))
 
 
 def test_a_damaged_checkpoint_of_the_tables(
-    tiny_memory_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_memory_model: Path, tmp_path: Path, refused: Refused
 ) -> None:
     from strata.config import load_config
     from strata.train.tune import SFTRecipe, sft
@@ -175,4 +147,4 @@ def test_a_damaged_checkpoint_of_the_tables(
     (tmp_path / "run" / "result.json").unlink()
     (damaged,) = (tmp_path / "run" / "checkpoints").glob("*/value_optimizer.safetensors")
     damaged.write_bytes(b"damaged")
-    assert "cannot be used" in strata(monkeypatch, capsys, "sft", path)
+    assert "cannot be used" in refused("sft", path)

@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from strata.cli.main import main
 from strata.config import apply_override, validate
 from strata.data.dataset import TokenDataset
 from strata.data.facts.entities import EntitySplits, load_facts, question_files, split_facts
@@ -430,28 +428,14 @@ def test_draws_are_fair_and_named() -> None:
 # The command
 
 
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["strata", "reader", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def test_the_command_makes_the_same(
     run: Callable[..., tuple[int, str, str]], made: Made, prose: Path
 ) -> None:
     out, report = made
-    code, printed, err = run("data", *SMALL, "--out", out, "--prose", prose)
+    code, printed, err = run("reader", "data", *SMALL, "--out", out, "--prose", prose)
     assert code == 0, err
     assert f"eval/test: {report.banks['test'][0]} references" in printed
-    code, printed, err = run("data", *SMALL, "--out", out, "--prose", prose, "--json")
+    code, printed, err = run("reader", "data", *SMALL, "--out", out, "--prose", prose, "--json")
     assert code == 0 and json.loads(printed)["banks"]["test"] == list(report.banks["test"]), err
 
 
@@ -462,6 +446,6 @@ def test_wrong_input_is_one_line(run: Callable[..., tuple[int, str, str]], tmp_p
         (("seed",), "not of the form"),
         (("sed=1",), "sed"),
     ):
-        code, printed, err = run("data", "--out", tmp_path / "out", *arguments)
+        code, printed, err = run("reader", "data", "--out", tmp_path / "out", *arguments)
         assert code == 2 and not printed
         assert expected in err and err.count("\n") == 1, err

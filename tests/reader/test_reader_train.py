@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 import strata
-from strata.cli.main import main
 from strata.errors import ConfigError, DataError, ModelError, StrataError
 from strata.evals.memory import eval_memory
 from strata.evals.questions import read_questions
@@ -338,30 +336,16 @@ def test_what_is_given_is_drawn_once_and_holds_the_answer(data: Path) -> None:
 # The commands
 
 
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["strata", "reader", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def test_the_command_says_how_to_go_on(
     run: Callable[..., tuple[int, str, str]], data: Path, taught: Path, tmp_path: Path
 ) -> None:
     new = ("train", "--data", data, "--out", tmp_path / "run", *SMALL)
-    code, printed, _ = run(*new, "--for-minutes", "1e-9")
+    code, printed, _ = run("reader", *new, "--for-minutes", "1e-9")
     assert code == 75
     assert "time: stopped at step 0 of text1, run the same command to go on" in printed
-    code, printed, _ = run(*new, "--for-minutes", "1e-9", "--json")
+    code, printed, _ = run("reader", *new, "--for-minutes", "1e-9", "--json")
     assert code == 75 and json.loads(printed)["stopped_by"] == "time"
-    code, printed, err = run("train", "--data", data, "--out", taught, *SMALL)
+    code, printed, err = run("reader", "train", "--data", data, "--out", taught, *SMALL)
     assert code == 0, err
     assert f"all stages are done, the model is {taught / '03-memory3' / 'model'}" in printed
 
@@ -379,7 +363,7 @@ def test_wrong_input_is_one_line(
         (("eval", "--run", tmp_path / "no"), "no finished stage"),
         (("eval", "--limit", "0"), "--limit 0: give 1 or more"),
     ):
-        code, printed, err = run(*arguments)
+        code, printed, err = run("reader", *arguments)
         assert code == 2 and not printed
         assert expected in err and err.count("\n") == 1, err
 
@@ -392,7 +376,7 @@ def test_the_exam_asks_in_every_format(
         examine(data, run=taught, out=tmp_path, stage="memory2")
     command = ("eval", "--data", data, "--run", taught, "--out", tmp_path, "--embedder", "none",
                "--codec", "int8", "--limit", 4, "--top-k", 2, "--max-new-tokens", 3)  # fmt: skip
-    code, printed, err = run(*command)
+    code, printed, err = run("reader", *command)
     assert code == 0, err
     assert "03-memory3, oracle: 4 questions" in printed and "03-memory3, search: 4" in printed
     report = json.loads((tmp_path / "report.json").read_text())
@@ -401,5 +385,5 @@ def test_the_exam_asks_in_every_format(
         assert formats == ["none", "text", "dense", "explicit", "explicit:int8"]
         assert len(report[by]["records"]) == 4 * 5
     assert report["oracle"]["found"] == 1.0
-    code, printed, err = run(*command, "--json")  # the bank is there
+    code, printed, err = run("reader", *command, "--json")  # the bank is there
     assert code == 0 and json.loads(printed)["stage"] == "03-memory3", err

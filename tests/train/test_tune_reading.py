@@ -95,33 +95,33 @@ class Dictated(LogitsProcessor):
         return forced
 
 
-def sft_trainer(
+def make_trainer(
+    kinds: tuple[Any, Any],
     folder: Path,
     rows: list[dict[str, Any]],
+    settings: dict[str, Any],
     *,
     reading: TuneReading | None = READING,
     retriever: Drawn | None = None,
     **options: Any,
-) -> MemorySFTTrainer:
+) -> Any:
+    """A trainer of a saved model, (trainer, TRL's settings) of a kind."""
     model, tokenizer = load(folder)
     finder = None
     if retriever is not None:
         finder = Finder(retriever, tokenizer, chunk_tokens=CHUNK, top_k=2)
-    settings = options.pop("settings", {})
-    args = SFTConfig(
-        output_dir=str(folder.parent / "sft"),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        max_length=60,
-        per_device_train_batch_size=4,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **settings,
-    )
-    return MemorySFTTrainer(
+    trainer, config = kinds
+    common = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_length": 60,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return trainer(
         model,
-        args=args,
+        args=config(**{**common, **settings}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         reading=reading,
@@ -130,26 +130,21 @@ def sft_trainer(
     )
 
 
+def sft_trainer(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    *,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> MemorySFTTrainer:
+    own = {"output_dir": str(folder.parent / "sft"), "per_device_train_batch_size": 4}
+    kinds = (MemorySFTTrainer, SFTConfig)
+    return make_trainer(kinds, folder, rows, {**own, **(settings or {})}, **options)
+
+
 def dpo_trainer(folder: Path, rows: list[dict[str, Any]], **options: Any) -> MemoryDPOTrainer:
-    model, tokenizer = load(folder)
-    args = DPOConfig(
-        output_dir=str(folder.parent / "dpo"),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        max_length=60,
-        beta=0.3,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    return MemoryDPOTrainer(
-        model,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        reading=READING,
-        **options,
-    )
+    own = {"output_dir": str(folder.parent / "dpo"), "beta": 0.3}
+    return make_trainer((MemoryDPOTrainer, DPOConfig), folder, rows, own, **options)
 
 
 def batch_of(trainer: Any, at: Sequence[int]) -> dict[str, Any]:
@@ -367,10 +362,8 @@ def test_margins_are_those_of_the_formula(tiny_model: Path) -> None:
 
 def test_both_answers_and_both_models_read_the_same(tiny_model: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "references"} for row in dpo_rows(3)]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     retriever = Drawn()
-    finder = Finder(retriever, tokenizer, chunk_tokens=CHUNK, top_k=2)
-    trainer = dpo_trainer(tiny_model, rows, finder=finder)
+    trainer = dpo_trainer(tiny_model, rows, retriever=retriever)
     batch = batch_of(trainer, range(3))
     read = batch[READS]
     half = len(read.index_bcr) // 2
@@ -472,16 +465,8 @@ def test_adapters_read_too(tiny_model: Path) -> None:
 def test_what_memory_cannot_follow(
     tiny_model: Path, settings: dict[str, Any], message: str
 ) -> None:
-    model, tokenizer = load(tiny_model)
-    args = SFTConfig(output_dir=str(tiny_model / "x"), use_cpu=True, bf16=False, **settings)
     with pytest.raises(ConfigError, match=message):
-        MemorySFTTrainer(
-            model,
-            args=args,
-            train_dataset=Dataset.from_list(sft_rows(3)),
-            processing_class=tokenizer,
-            reading=READING,
-        )
+        sft_trainer(tiny_model, sft_rows(3), settings=settings)
 
 
 def test_rows_that_fill_a_row_with_their_prompt(tiny_model: Path) -> None:

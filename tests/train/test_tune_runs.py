@@ -27,6 +27,7 @@ from strata.models import load
 from strata.train import read_metrics
 from strata.train.tune import DPORecipe, SFTRecipe, dpo, run, sft
 from strata.train.tune.recipe import TuneRecipe
+from strata.train.tune.recorder import Recorder
 from tiny_bank import TinyEmbedder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -83,14 +84,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM while that step is made."""
-    original = run._Recorder.on_step_end
+    original = Recorder.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(run._Recorder, "on_step_end", on_step_end)
+    monkeypatch.setattr(Recorder, "on_step_end", on_step_end)
 
 
 def test_sft_then_dpo_learn_and_memory_works_on(

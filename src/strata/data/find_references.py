@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -32,27 +32,13 @@ from strata.data.references import (
     read_references,
     refuse_other_origin,
 )
-from strata.data.write_references import part_ends, write_part
+from strata.data.write_references import Reference, part_ends, write_part
 from strata.errors import DataError
 
 _SEARCHED_AT_ONCE = 256
 _KEPT_TEXTS = 1 << 16  # tokenised references kept while a split is read
 
-
-class Found(Protocol):
-    """A reference that a search found."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def source(self) -> str: ...
-
-
-Find = Callable[[Sequence[str], int], list[list[Any]]]  # of Found, best first
+Find = Callable[[Sequence[str], int], list[list[Any]]]  # of `Reference`, best first
 
 
 def find_references(
@@ -204,7 +190,7 @@ class _Finder:
                 hits[number] = candidates
         return hits
 
-    def _leaks(self, hit: Found, document: np.ndarray) -> bool:
+    def _leaks(self, hit: Reference, document: np.ndarray) -> bool:
         ids = self._tokens_kept.pop(hit.id, None)
         if ids is None:
             ids = self._tokenizer.encode(hit.text, add_special_tokens=False).ids

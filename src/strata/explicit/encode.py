@@ -102,7 +102,7 @@ class Encoder:
         Raises:
             DataError: no text, an empty or too long one, or ids that the decoder does not have.
         """
-        ids = self._ids(texts, self.config.reference_tokens)
+        ids = self._ids(texts)
         for number, row in enumerate(ids):
             if len(row) > self.config.reference_tokens:
                 raise DataError(
@@ -136,8 +136,7 @@ class Encoder:
         Raises:
             DataError: no text, an empty one, or ids that the decoder does not have.
         """
-        ids = self._ids(texts, self.config.reference_tokens)
-        ids = [row[-self.config.reference_tokens :] for row in ids]
+        ids = self._last_ids(texts)
         with torch.no_grad(), _mode(self.host.model, evaluate=True):
             return _in_batches(ids, batch_size, self._mean_queries, torch.cat)
 
@@ -156,14 +155,17 @@ class Encoder:
         Raises:
             DataError: no text, an empty one, or ids that the decoder does not have.
         """
-        ids = self._ids(texts, self.config.reference_tokens)
-        ids = [row[-self.config.reference_tokens :] for row in ids]
+        ids = self._last_ids(texts)
         with torch.no_grad(), _mode(self.host.model, evaluate=True):
             read = partial(self._encode, with_grad=False)
             memories: Memories = _in_batches(ids, batch_size, read, Memories.cat)
         return key_vectors(memories)
 
-    def _ids(self, texts: Sequence[str] | Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+    def _last_ids(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        """As `_ids`, the last `reference_tokens` of each."""
+        return [row[-self.config.reference_tokens :] for row in self._ids(texts)]
+
+    def _ids(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         if isinstance(texts, str):
             raise DataError("texts is one string: give a list of texts")
         if not len(texts):

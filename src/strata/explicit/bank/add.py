@@ -8,52 +8,22 @@ killed run is finished by running it again.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from strata.errors import BankError
 from strata.explicit.bank import records
+from strata.explicit.bank.given import Cut, DocumentLike, EmbedderLike, EncoderLike
 from strata.explicit.bank.store import Store
 from strata.explicit.codec import Codec
-from strata.explicit.memories import Memories, Reference
+from strata.explicit.memories import Reference
 
 MAX_LISTED = 1000
 _PENDING_BYTES = 64 * 2**20  # of rows held in memory before they go to a file
 _PENDING_DOCUMENTS = 4096
-
-
-class DocumentLike(Protocol):
-    """A text, where it comes from, and what is said about it: flat, JSON values."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-
-class EncoderLike(Protocol):
-    """Texts of references to their memories."""
-
-    def encode(self, texts: Sequence[str], /) -> Memories: ...
-
-
-class EmbedderLike(Protocol):
-    """Texts to vectors: (n, width) float32."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def width(self) -> int: ...
-
-    def embed_documents(self, texts: Sequence[str], /) -> np.ndarray: ...
-
-
-Cut = Callable[[Any], Sequence[Reference]]
 
 
 @dataclass(frozen=True)

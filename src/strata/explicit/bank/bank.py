@@ -7,99 +7,34 @@ time. Lance's threads do not survive a fork: open a bank after forking, not befo
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from strata.errors import BankError, StorageError
-from strata.explicit.bank import portable, records, seals, search, settings, upkeep
-from strata.explicit.bank.add import (
-    Adder,
-    AddReport,
-    Cut,
-    DocumentLike,
-    EmbedderLike,
-    EncoderLike,
-    sample_references,
-)
+from strata.errors import BankError
+from strata.explicit.bank import change, info, portable, records, rows, search, settings, upkeep
+from strata.explicit.bank.add import Adder, AddReport, sample_references
+from strata.explicit.bank.folder import make_folder
+from strata.explicit.bank.given import Cut, DocumentLike, EmbedderLike, EncoderLike, as_documents
+from strata.explicit.bank.info import SourceInfo, Stats, VersionInfo
 from strata.explicit.bank.lock import writing
-from strata.explicit.bank.own import Own, as_documents
+from strata.explicit.bank.own import Own
 from strata.explicit.bank.records import Record
 from strata.explicit.bank.settings import BankSettings, EmbedderSettings
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.upkeep import CompactReport
-from strata.explicit.bank.vectors import VectorTables, has_vector_index
+from strata.explicit.bank.vectors import VectorTables
 from strata.explicit.bank.verify import VerifyReport, verify
-from strata.explicit.codec import Codec, load_codec, make_codec, save_codec
+from strata.explicit.codec import Codec, save_codec
 from strata.explicit.embed import make_embedder
 from strata.explicit.encode import Encoder
 from strata.explicit.fingerprint import Fingerprint, refuse_other
 from strata.explicit.hits import Hit, Ranking
 from strata.explicit.memories import Memories, MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
-
-_OURS = {settings.DATASET, settings.SEALS, settings.CODEC, settings.LOCK, "bank.json.tmp"}
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """One source in a bank.
-
-    Attributes:
-        references: rows of it.
-        cold: those of them without memories yet.
-    """
-
-    source: str
-    references: int
-    cold: int
-
-
-@dataclass(frozen=True)
-class VersionInfo:
-    """One version that can be opened.
-
-    Attributes:
-        at_s: when it was committed, seconds since 1970.
-        what: what the commit did.
-    """
-
-    version: int
-    rows: int
-    at_s: float
-    what: str
-
-
-@dataclass(frozen=True)
-class Stats:
-    """A bank in numbers.
-
-    Attributes:
-        references, cold: rows, and those without memories.
-        sources: distinct ones.
-        characters: of all texts; references may overlap.
-        memory_bytes: of one memory's codes; None in a bank without a model.
-        disk_bytes: of the whole folder, old versions included.
-        files: data files of this version.
-        unindexed: rows that searches look at one by one.
-        vector_index: whether vectors are searched through an index.
-    """
-
-    version: int
-    references: int
-    cold: int
-    sources: int
-    characters: int
-    memory_bytes: int | None
-    disk_bytes: int
-    files: int
-    unindexed: int
-    vector_index: bool
 
 
 class Bank:
@@ -153,48 +88,20 @@ class Bank:
         config = config or ExplicitMemoryConfig()
         own = None
         if model is not None:
-            own = _own_of(model, tokenizer, config)
+            own = Own.of(model, tokenizer, config)
             shape, fingerprint = own.encoder.shape, own.fingerprint
         if isinstance(embedder, str):
             embedder = make_embedder(embedder)
-        given = BankSettings(config=config, embedder=_embedder_settings(embedder))
-        codec = None
+        given = BankSettings(config=config, embedder=settings.embedder_settings(embedder))
         if shape is not None or fingerprint is not None:
-            given, codec = _with_model(given, shape, fingerprint)
-        bank = cls._make(path, given, codec)
+            given = given.with_model(shape, fingerprint)
+        codec = settings.open_codec(path, given)
+        bank = cls(path, given, codec, make_folder(path, given))
         bank._checked = fingerprint is not None
         bank._own = own
         if embedder is not None and not isinstance(embedder, EmbedderSettings):
             bank._embedder = embedder
         return bank
-
-    @classmethod
-    def _make(
-        cls,
-        path: Path,
-        given: BankSettings,
-        codec: Codec | None,
-        fill: Callable[[Store], None] | None = None,
-    ) -> Bank:
-        if path.is_file():
-            raise BankError(f"{path} is a file: give the name of a new folder")
-        if (path / settings.SETTINGS).exists():
-            raise BankError(f"there is a bank at {path}: open it, or give another folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            strangers = [entry.name for entry in path.iterdir() if entry.name not in _OURS]
-            if strangers:
-                raise BankError(f"{path} is not empty (it holds {strangers[0]!r}): give a new one")
-            with writing(path):
-                upkeep.clear(path)
-                width = None if given.embedder is None else given.embedder.width
-                store = Store.create(path, records.schema(width), search.set_up)
-                if fill is not None:
-                    fill(store)
-                settings.write_settings(path, given)  # last: without it there is no bank
-        except OSError as error:
-            raise StorageError(f"bank {path} cannot be made: {error.strerror}") from None
-        return cls(path, given, codec, store)
 
     @classmethod
     def open(cls, path: str | Path, *, version: int | None = None) -> Bank:
@@ -209,7 +116,7 @@ class Bank:
         """
         path = Path(path)
         given = settings.read_settings(path)
-        return cls(path, given, _open_codec(path, given), Store(path, version=version))
+        return cls(path, given, settings.open_codec(path, given), Store(path, version=version))
 
     def use(self, model: PreTrainedModel, tokenizer: Any) -> Bank:
         """Write with this model from now on, if it is the bank's; returns the bank.
@@ -217,7 +124,7 @@ class Bank:
         Raises:
             BankError: another model's bank; one sentence says what differs.
         """
-        own = _own_of(model, tokenizer, self.settings.config)
+        own = Own.of(model, tokenizer, self.settings.config)
         if self.settings.fingerprint is None:
             self.bind(own.encoder.shape, own.fingerprint)
         else:
@@ -255,7 +162,7 @@ class Bank:
     def refresh(self) -> None:
         """See what others committed meanwhile, settings too."""
         self.settings = settings.read_settings(self.path)
-        self.codec = _open_codec(self.path, self.settings)
+        self.codec = settings.open_codec(self.path, self.settings)
         self._store.refresh()
 
     def check(self, model: Fingerprint) -> None:
@@ -278,7 +185,8 @@ class Bank:
         with self._writing():
             if self.settings.fingerprint is not None:
                 raise BankError(f"bank {self.path} belongs to a model already: make a new bank")
-            given, codec = _with_model(self.settings, shape, fingerprint)
+            given = self.settings.with_model(shape, fingerprint)
+            codec = settings.open_codec(self.path, given)
             settings.write_settings(self.path, given)
             self.settings, self.codec, self._checked = given, codec, True
 
@@ -364,7 +272,7 @@ class Bank:
         if cut is None:
             cut, encoder, embedder = self._ways(given, cold=cold)
         with self._writing():
-            self._check_embedder(embedder)
+            settings.refuse_other_embedder(self.path, self.settings.embedder, embedder)
             codec = None if encoder is None else self._codec_for(encoder)
             if codec is not None and not codec.trained:
                 raise BankError(
@@ -395,19 +303,7 @@ class Bank:
             BankError: a source is not in the bank; nothing is removed then.
         """
         with self._writing():
-            wanted = {records.source_digest(source): source for source in sources}
-            if not wanted:
-                return 0
-            gone = records.one_of("source_id", wanted)
-            there = {
-                found
-                for batch in self._store.scan(["source_id"], where=gone)
-                for found in batch["source_id"].to_pylist()
-            }
-            for digest, source in wanted.items():
-                if digest not in there:
-                    raise BankError(f"no source {source!r} in bank {self.path}: list its sources")
-            return self._store.commit([], gone, f"remove {len(wanted)} sources")
+            return change.remove(self._store, sources)
 
     def fill(self, ids: Sequence[str], memories: Memories) -> None:
         """Give cold rows their memories, in one commit; rows that have some keep them.
@@ -424,31 +320,11 @@ class Bank:
         if len(ids) != len(memories) or len(set(ids)) != len(ids):
             raise BankError(f"{len(ids)} ids for {len(memories)} memories, or an id twice")
         with self._writing():
-            codec = self._codec_for(None)
-            blobs = dict(zip(ids, codec.encode(memories), strict=True))
-            rows = search.rows_by_id(self._store, ids, self._store.columns.names)
-            cold = []
-            for identifier in ids:
-                row = rows[identifier]
-                records.checked_record(row)
-                if row["codes"] is None:
-                    row["codes"] = blobs[identifier]
-                    row["checksum"] = records.checksum(row)
-                    cold.append(row)
-            if cold:
-                fragments = self._store.write(records.table_of(cold, self._store.columns))
-                gone = records.one_of("id", [row["id"] for row in cold])
-                self._store.commit(fragments, gone, f"fill {len(cold)} memories")
+            change.fill(self._store, self._codec_for(None), ids, memories)
 
     def cold(self, *, limit: int | None = None) -> list[str]:
         """Ids of rows without memories, at most `limit` of them."""
-        found: list[str] = []
-        for batch in self._store.scan(["id", "checksum"], rows_at_once=8192):
-            pairs = zip(batch["id"].to_pylist(), batch["checksum"].to_pylist(), strict=True)
-            found += [identifier for identifier, check in pairs if records.is_cold(check)]
-            if limit is not None and len(found) >= limit:
-                return found[:limit]
-        return found
+        return rows.cold(self._store, limit)
 
     def cold_among(self, ids: Sequence[str]) -> list[str]:
         """Those of `ids` without memories, in order; their codes are not read.
@@ -456,8 +332,8 @@ class Bank:
         Raises:
             BankError: an id is not in the bank.
         """
-        rows = search.rows_by_id(self._store, ids, ["id", "checksum"])
-        return [name for name in ids if records.is_cold(rows[name]["checksum"])]
+        found = rows.by_id(self._store, ids, ["id", "checksum"])
+        return [name for name in ids if records.is_cold(found[name]["checksum"])]
 
     def search(
         self,
@@ -514,8 +390,8 @@ class Bank:
         Raises:
             BankError: an id is not in the bank, or its record is damaged.
         """
-        rows = search.rows_by_id(self._store, ids, self._store.columns.names)
-        return [records.checked_record(rows[identifier]) for identifier in ids]
+        found = rows.by_id(self._store, ids, self._store.columns.names)
+        return [records.checked_record(found[identifier]) for identifier in ids]
 
     def of_source(self, source: str) -> list[Hit]:
         """References of one source, in the order of its text, with the score 0; none if unknown.
@@ -533,13 +409,7 @@ class Bank:
 
     def sample_texts(self, count: int) -> list[str]:
         """Texts of at most `count` references, evenly spaced through the bank."""
-        step = max(1, -(-len(self) // count))
-        texts, at = [], 0
-        for batch in self._store.scan(["text"], rows_at_once=8192):
-            column = batch["text"]
-            texts += [column[place].as_py() for place in range(-at % step, len(column), step)]
-            at += len(column)
-        return texts
+        return rows.sample_texts(self._store, count)
 
     def blobs(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Codes of records, each checked; cold ones are left out.
@@ -547,8 +417,8 @@ class Bank:
         Raises:
             BankError: an id is not in the bank, or its codes are damaged.
         """
-        rows = search.rows_by_id(self._store, ids, ["id", "codes", "checksum"])
-        found = {identifier: records.checked_codes(row) for identifier, row in rows.items()}
+        there = rows.by_id(self._store, ids, ["id", "codes", "checksum"])
+        found = {identifier: records.checked_codes(row) for identifier, row in there.items()}
         return {identifier: codes for identifier, codes in found.items() if codes is not None}
 
     def load(self, ids: Sequence[str]) -> Memories:
@@ -579,12 +449,7 @@ class Bank:
         """
         if self.codec is None:
             raise BankError(f"bank {self.path} belongs to no model yet: it has no memories")
-        columns, condition = ["id", "codes", "checksum"], records.condition(where)
-        for batch in self._store.scan(columns, where=condition, rows_at_once=rows_at_once):
-            found = {row["id"]: records.checked_codes(row) for row in batch.to_pylist()}
-            warm = {identifier: codes for identifier, codes in found.items() if codes is not None}
-            if warm:
-                yield list(warm), self.codec.decode(list(warm.values()))
+        yield from rows.memories(self._store, self.codec, where, rows_at_once)
 
     def show(self, identifier: str) -> Record:
         """One record; the first 4 or more digits of its id are enough where no other begins so.
@@ -592,46 +457,15 @@ class Bank:
         Raises:
             BankError: none or several begin so.
         """
-        if not 4 <= len(identifier) <= 32 or not set(identifier) <= set("0123456789abcdef"):
-            raise BankError(f"{identifier!r} is no record id: give 4 to 32 hexadecimal digits")
-        where = f"id LIKE '{identifier}%'"
-        ids = [i for b in self._store.scan(["id"], where=where) for i in b["id"].to_pylist()]
-        if len(ids) != 1:
-            how_many = f"{len(ids)} records begin" if ids else "no record begins"
-            raise BankError(f"{how_many} with {identifier} in bank {self.path}")
-        return self.take(ids)[0]
+        return self.take([rows.id_of(self._store, identifier)])[0]
 
     def ls(self) -> list[SourceInfo]:
         """All sources, by name."""
-        counts: dict[str, list[int]] = {}
-        for batch in self._store.scan(["source", "checksum"], rows_at_once=8192):
-            pairs = zip(batch["source"].to_pylist(), batch["checksum"].to_pylist(), strict=True)
-            for source, check in pairs:
-                count = counts.setdefault(source, [0, 0])
-                count[0] += 1
-                count[1] += records.is_cold(check)
-        return [SourceInfo(source, *counts[source]) for source in sorted(counts)]
+        return info.sources(self._store)
 
     def stats(self) -> Stats:
         """The bank in numbers; reads texts and sources once."""
-        sources = self.ls()
-        characters = sum(
-            len(text)
-            for batch in self._store.scan(["text"], rows_at_once=8192)
-            for text in batch["text"].to_pylist()
-        )
-        return Stats(
-            version=self.version,
-            references=len(self),
-            cold=sum(source.cold for source in sources),
-            sources=len(sources),
-            characters=characters,
-            memory_bytes=None if self.codec is None else self.codec.bytes_per_memory,
-            disk_bytes=upkeep.folder_bytes(self.path),
-            files=len(self._store.dataset.get_fragments()),
-            unindexed=search.unindexed_rows(self._store),
-            vector_index=has_vector_index(self._store),
-        )
+        return info.stats(self._store, self.codec)
 
     def digest(self) -> str:
         """A hash of all content, whatever its order: equal for banks of equal records."""
@@ -667,8 +501,7 @@ class Bank:
 
     def versions(self) -> list[VersionInfo]:
         """Versions that can be opened, oldest first."""
-        found = [seals.read(self.path, version) for version in seals.versions(self.path)]
-        return [VersionInfo(seal.version, seal.rows, seal.at_s, seal.what) for seal in found]
+        return info.versions(self.path)
 
     def export(self, out: str | Path) -> int:
         """Write this version to a new folder of plain files, parquet and JSON; returns records.
@@ -691,18 +524,9 @@ class Bank:
         """
         source, path = Path(source), Path(path)
         given = portable.check_export(source)
-        codec = _open_codec(source, given)
-
-        def fill(store: Store) -> None:
-            if given.codec_sha256 is not None:
-                shutil.copyfile(source / settings.CODEC, path / settings.CODEC)
-            fragments: list[Any] = []
-            for table in portable.read_tables(source, store.columns):
-                fragments += store.write(table)
-            store.commit(fragments, None, f"import {source.name}")
-            search.keep_indexed(store, index_rows=search.INDEX_ROWS)
-
-        return cls._make(path, given, codec, fill)
+        codec = settings.open_codec(source, given)
+        store = make_folder(path, given, lambda store: portable.read_into(store, source, given))
+        return cls(path, given, codec, store)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -710,7 +534,7 @@ class Bank:
         with writing(self.path):
             there = settings.read_settings(self.path)
             if there != self.settings:
-                self.settings, self.codec = there, _open_codec(self.path, there)
+                self.settings, self.codec = there, settings.open_codec(self.path, there)
                 self._checked = False
             self._store.roll_forward()
             yield
@@ -747,50 +571,3 @@ class Bank:
         if shape is not None and shape != self.codec.shape:
             raise BankError(f"the encoder's memory heads are not those of bank {self.path}")
         return self.codec
-
-    def _check_embedder(self, given: EmbedderLike | None) -> None:
-        wanted = self.settings.embedder
-        if (given is None) != (wanted is None):
-            has = "no vectors" if wanted is None else f"vectors of embedder {wanted.name!r}"
-            raise BankError(f"bank {self.path} holds {has}: give that embedder, or none")
-        if given is not None and wanted is not None and _embedder_settings(given) != wanted:
-            raise BankError(
-                f"bank {self.path} holds vectors of embedder {wanted.name!r} (width "
-                f"{wanted.width}), given {given.name!r} (width {given.width}): give the former, or "
-                "make a new bank"
-            )
-
-
-def _own_of(model: PreTrainedModel, tokenizer: Any, config: ExplicitMemoryConfig) -> Own:
-    if tokenizer is None:
-        raise BankError("a model was given without its tokenizer: give both")
-    return Own.of(model, tokenizer, config)
-
-
-def _embedder_settings(given: EmbedderLike | EmbedderSettings | None) -> EmbedderSettings | None:
-    if given is None or isinstance(given, EmbedderSettings):
-        return given
-    return EmbedderSettings(name=given.name, width=given.width)
-
-
-def _with_model(
-    given: BankSettings, shape: MemoryShape | None, fingerprint: Fingerprint | None
-) -> tuple[BankSettings, Codec]:
-    if shape is None or fingerprint is None:
-        raise BankError("a bank belongs to a model by its memory shape and its fingerprint: both")
-    codec = make_codec(given.config.codec, shape)
-    update = {
-        "heads": shape.heads,
-        "tokens": shape.tokens,
-        "head_dim": shape.head_dim,
-        "fingerprint": fingerprint,
-    }
-    return given.model_copy(update=update), codec
-
-
-def _open_codec(path: Path, given: BankSettings) -> Codec | None:
-    if given.shape is None:
-        return None
-    if given.codec_sha256 is None:
-        return make_codec(given.config.codec, given.shape)
-    return load_codec(given.config.codec, given.shape, path / settings.CODEC, given.codec_sha256)

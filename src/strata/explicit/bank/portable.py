@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from strata.errors import BankError
-from strata.explicit.bank import records, seals
+from strata.explicit.bank import records, seals, search
 from strata.explicit.bank.settings import (
     CODEC,
     SETTINGS,
@@ -98,12 +98,23 @@ def check_export(source: Path) -> BankSettings:
     return read_settings(source)
 
 
-def read_tables(source: Path, columns: pa.Schema) -> Iterator[pa.Table]:
-    """The records of a checked export, in bounded tables; what is derived is derived again.
+def read_into(store: Store, source: Path, given: BankSettings) -> None:
+    """Put the content of a checked export into an empty bank.
 
     Raises:
         BankError: the records do not fit the settings, or one is not what was written.
     """
+    if given.codec_sha256 is not None:
+        shutil.copyfile(source / CODEC, store.folder / CODEC)
+    fragments: list[Any] = []
+    for table in _tables(source, store.columns):
+        fragments += store.write(table)
+    store.commit(fragments, None, f"import {source.name}")
+    search.keep_indexed(store, index_rows=search.INDEX_ROWS)
+
+
+def _tables(source: Path, columns: pa.Schema) -> Iterator[pa.Table]:
+    """The records of a checked export, in bounded tables; what is derived is derived again."""
     import pyarrow.parquet as pq
 
     try:

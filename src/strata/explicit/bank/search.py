@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -106,31 +106,6 @@ def hits(store: Store, ranking: Ranking) -> list[Hit]:
     rows = store.take(ranking.version, ranking.rows, records.HIT_COLUMNS)
     found = zip(rows, ranking.scores, strict=True)
     return [records.checked_hit(row, score) for row, score in found]
-
-
-def rows_by_id(store: Store, ids: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
-    """Rows of these ids, by id.
-
-    Raises:
-        BankError: an id is not in the bank.
-    """
-    wanted = list(dict.fromkeys(ids))
-    for identifier in wanted:
-        records.check_id(identifier)
-    found: dict[str, Any] = {}
-    for first in range(0, len(wanted), 256):
-        found |= {row["id"]: row for row in store.seen(wanted[first : first + 256], columns)}
-    late = [identifier for identifier in wanted if identifier not in found]
-    for first in range(0, len(late), 256):
-        where = records.one_of("id", late[first : first + 256])
-        for batch in store.scan(columns, where=where, rows_at_once=64):
-            found |= {row["id"]: row for row in batch.to_pylist()}
-    missing = next((identifier for identifier in wanted if identifier not in found), None)
-    if missing is not None:
-        raise BankError(
-            f"record {missing} is not in version {store.version} of bank {store.folder}"
-        )
-    return found
 
 
 def _addresses(store: Store, where: str) -> NDArray[np.uint64]:

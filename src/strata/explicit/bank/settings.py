@@ -18,6 +18,8 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from strata.errors import BankError
+from strata.explicit.bank.given import EmbedderLike
+from strata.explicit.codec import Codec, load_codec, make_codec
 from strata.explicit.fingerprint import Fingerprint
 from strata.explicit.memories import MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
@@ -72,6 +74,26 @@ class BankSettings(BaseModel):
             return None
         return MemoryShape(self.heads, self.tokens, self.head_dim)
 
+    def with_model(
+        self, shape: MemoryShape | None, fingerprint: Fingerprint | None
+    ) -> BankSettings:
+        """The same of a bank that belongs to a model.
+
+        Raises:
+            BankError: one of the two is missing.
+        """
+        if shape is None or fingerprint is None:
+            raise BankError(
+                "a bank belongs to a model by its memory shape and its fingerprint: both"
+            )
+        update = {
+            "heads": shape.heads,
+            "tokens": shape.tokens,
+            "head_dim": shape.head_dim,
+            "fingerprint": fingerprint,
+        }
+        return self.model_copy(update=update)
+
 
 def read_settings(folder: Path) -> BankSettings:
     """Read and check `bank.json`.
@@ -107,6 +129,46 @@ def read_settings(folder: Path) -> BankSettings:
 def write_settings(folder: Path, settings: BankSettings) -> None:
     """Write `bank.json` so that it is either the old one or the whole new one."""
     write_sealed(folder / SETTINGS, settings.model_dump(mode="json"))
+
+
+def open_codec(folder: Path, given: BankSettings) -> Codec | None:
+    """The codec that settings name, trained if it was; None where there is no model.
+
+    Raises:
+        BankError: its file is missing or damaged.
+    """
+    if given.shape is None:
+        return None
+    if given.codec_sha256 is None:
+        return make_codec(given.config.codec, given.shape)
+    return load_codec(given.config.codec, given.shape, folder / CODEC, given.codec_sha256)
+
+
+def embedder_settings(
+    given: EmbedderLike | EmbedderSettings | None,
+) -> EmbedderSettings | None:
+    """An embedder as settings name it."""
+    if given is None or isinstance(given, EmbedderSettings):
+        return given
+    return EmbedderSettings(name=given.name, width=given.width)
+
+
+def refuse_other_embedder(
+    folder: Path, wanted: EmbedderSettings | None, given: EmbedderLike | None
+) -> None:
+    """Refuse any embedder but the one that made a bank's vectors, and none where there is one.
+
+    Raises:
+        BankError: it is another one.
+    """
+    if (given is None) != (wanted is None):
+        has = "no vectors" if wanted is None else f"vectors of embedder {wanted.name!r}"
+        raise BankError(f"bank {folder} holds {has}: give that embedder, or none")
+    if given is not None and wanted is not None and embedder_settings(given) != wanted:
+        raise BankError(
+            f"bank {folder} holds vectors of embedder {wanted.name!r} (width {wanted.width}), "
+            f"given {given.name!r} (width {given.width}): give the former, or make a new bank"
+        )
 
 
 def parse_sealed(path: Path, content: bytes) -> dict[str, Any]:

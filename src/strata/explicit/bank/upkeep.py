@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strata.explicit.bank import seals, search
-from strata.explicit.bank.settings import CODEC, DATASET, SEALS, SETTINGS
+from strata.explicit.bank.settings import DATASET
 from strata.explicit.bank.store import Store
 
 _BATCH_BYTES = 8 * 2**20
@@ -97,14 +96,6 @@ def remove_strays(store: Store) -> None:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def clear(folder: Path) -> None:
-    """Delete what a killed `create` or `import_` left of a bank that never was."""
-    for name in (DATASET, SEALS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (CODEC, f"{SETTINGS}.tmp"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _superseded_at_s(store: Store, version: int) -> float:
