@@ -25,6 +25,7 @@ reader: $(VENV)/.core
 	$(BIN)/strata reader data --out $(READER_DIR)/data $(if $(READER_QUESTIONS),--questions $(READER_QUESTIONS)) $(addprefix --prose ,$(READER_PROSE))
 	$(BIN)/strata reader train --data $(READER_DIR)/data --out $(READER_DIR)/run $(READER_TRAIN)
 	$(BIN)/strata reader eval --data $(READER_DIR)/data --run $(READER_DIR)/run
+	$(BIN)/strata reader pack --data $(READER_DIR)/data --run $(READER_DIR)/run --out $(READER_DIR)/packed
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest

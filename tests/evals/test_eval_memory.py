@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import strata
-from strata.errors import ConfigError, DataError
+from strata.errors import BankError, ConfigError, DataError
 from strata.evals.memory import FORMATS, eval_memory
 from strata.evals.questions import Question, read_questions
 from strata.evals.recall import recall
@@ -76,6 +77,69 @@ def test_formats_differ_in_what_is_given_and_in_nothing_else(
         assert record.sources == (() if record.format == "none" else (source,))
         assert record.ttft_ms > 0 and record.nats > 0
     assert by_format["none"].retrieval == "none" and by_format["text"].retrieval == "search"
+
+
+def test_a_further_bank_gives_what_it_stores(
+    bank: strata.Bank, model: Any, tokenizer: Any, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The same references in another code, from files; searching counts wherever it is used."""
+    config = bank.settings.config.model_copy(update={"codec": "int4"})
+    other = strata.Bank.create(tmp_path / "int4", model=model, tokenizer=tokenizer, config=config)
+    other.add([strata.Document(text, name) for name, text in TOWNS.items()])
+
+    class Slow:
+        runs_model = False
+        by_words = open_retriever(bank, "text")
+
+        def search(self, queries: Sequence[str], top_k: int) -> Any:
+            time.sleep(0.3)
+            return self.by_words.search(queries, top_k)
+
+    asked: dict[str, Any] = dict(retriever=Slow(), top_k=2, max_new_tokens=4)
+    questions = read_questions(files[0])
+    result = eval_memory(
+        model, tokenizer, bank, questions, formats=("none", "text", "explicit"), codecs=("int4",),
+        banks={"coded": other}, **asked,
+    )  # fmt: skip
+    none, text, explicit, made_anew, coded = result.scores
+    assert coded.format == "coded" and coded.nats_per_answer != explicit.nats_per_answer
+    assert coded.nats_per_answer == pytest.approx(made_anew.nats_per_answer, rel=1e-4)
+    assert coded.kib_per_reference == made_anew.kib_per_reference < explicit.kib_per_reference
+    assert min(text.ttft_ms, explicit.ttft_ms, coded.ttft_ms) > 300 > none.ttft_ms
+    for question in questions:
+        given = {r.sources for r in result.records if r.id == question.id and r.format != "none"}
+        assert len(given) == 1
+    bare = eval_memory(model, tokenizer, bank, questions, formats=("none",), nats=False, **asked)
+    assert bare.scores[0].nats_per_answer is None
+    assert [r.text for r in bare.records] == [r.text for r in result.records if r.format == "none"]
+    with pytest.raises(ConfigError, match="'text' is the name of a format"):
+        eval_memory(model, tokenizer, bank, questions, banks={"text": other}, **asked)
+    other.remove(["bryn"])
+    with pytest.raises(BankError, match="not in"):
+        eval_memory(model, tokenizer, bank, questions, banks={"coded": other}, **asked)
+
+
+def test_an_answer_ends_with_its_first_line(
+    bank: strata.Bank, model: Any, tokenizer: Any, files: tuple[Path, Path]
+) -> None:
+    """A break in front is no end; what stands behind the end is not written."""
+    script = tokenizer("\n Rome\nParis Paris", add_special_tokens=False)["input_ids"]
+    shown: list[int] = []
+
+    def told(module: Any, args: Any, out: Any) -> Any:
+        out.logits[:] = -10.0
+        out.logits[..., script[len(shown)]] = 10.0
+        shown.append(script[len(shown)])
+        return out
+
+    question = read_questions(files[0])[:1]
+    with model.register_forward_hook(told):
+        result = eval_memory(
+            model, tokenizer, bank, question, retriever=None, formats=("none",), nats=False,
+            max_new_tokens=len(script),
+        )  # fmt: skip
+    assert result.records[0].text == "Rome"
+    assert tokenizer.decode(shown) == "\n Rome\n"
 
 
 def test_text_is_the_prompt_with_its_references(

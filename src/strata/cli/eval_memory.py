@@ -127,7 +127,7 @@ def table(result: MemoryEvaluation) -> Table:
             score.format,
             f"{score.accuracy:.1%}",
             f"{score.contains:.1%}",
-            f"{score.nats_per_answer:.2f}",
+            "" if score.nats_per_answer is None else f"{score.nats_per_answer:.2f}",
             "" if score.hallucinated is None else f"{score.hallucinated:.1%}",
             f"{score.ttft_ms:,.1f}",
             "" if score.tokens_per_s is None else f"{score.tokens_per_s:,.1f}",

@@ -18,6 +18,7 @@ from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
 from strata.cli.reader import data as reader_data
 from strata.cli.reader import evaluate as reader_eval
+from strata.cli.reader import pack as reader_pack
 from strata.cli.reader import train as reader_train
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
@@ -66,6 +67,7 @@ reader_app = typer.Typer(help="A small decoder that learns to read.", no_args_is
 reader_app.command("data")(reader_data)
 reader_app.command("train")(reader_train)
 reader_app.command("eval")(reader_eval)
+reader_app.command("pack")(reader_pack)
 app.add_typer(reader_app, name="reader")
 
 tokenizer_app = typer.Typer(help="A vocabulary of one's own.", no_args_is_help=True)

@@ -153,3 +153,28 @@ def evaluate(
         shown = table(result)
         shown.title = f"{exam.stage}, {by}: {shown.title}"
         Console().print(shown)
+
+
+def pack(
+    out: Annotated[Path, typer.Option(help="the folder to make, or to replace")],
+    data: Annotated[Path, typer.Option(help="a folder of strata reader data")] = Path(
+        "runs/reader/data"
+    ),
+    run: Annotated[Path, typer.Option(help="the folder of strata reader train")] = Path(
+        "runs/reader/run"
+    ),
+    stage: Annotated[str | None, typer.Option(help="whose model; default: the last one")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Write the taught reader as one small folder: bf16, tokenizer, and what is known of it.
+
+    The validation questions are asked once more, of the rounded weights.
+    """
+    from strata.reader.pack import pack_reader
+
+    packed = pack_reader(run, data=data, out=out, stage=stage)
+    if as_json:
+        print(json.dumps(asdict(packed), default=str))
+        return
+    shares = ", ".join(f"{way} {share:.1%}" for way, share in packed.exact.items())
+    print(f"{packed.folder}: {packed.stage}, {packed.num_bytes / 1e6:.1f} MB; {shares}")

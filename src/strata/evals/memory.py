@@ -7,6 +7,7 @@
     dense             keys and values of all their tokens, heads and layers
     explicit          the bank's memories
     explicit:CODEC    the same memories in another code, trained on references of the bank
+    other names       what further banks store of the same references
 
 All formats get the same references, found once with the whole question (or, by an oracle, those of
 the question's own source that hold an answer). Questions are asked one by one.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -69,7 +70,7 @@ class Asked:
         format: see the module.
         text: what the model wrote, its first line.
         exact, contains: it equals, or holds, an accepted answer, after normalisation.
-        nats: negative log-likelihood of the likeliest accepted answer.
+        nats: negative log-likelihood of the likeliest accepted answer; None where not asked for.
         found: an accepted answer stands in a reference that was given.
         ttft_ms: to the first token; searching counts, but for none, and filling a cache does not.
         tokens_per_s: after the first token; None for a single one.
@@ -81,7 +82,7 @@ class Asked:
     text: str
     exact: bool
     contains: bool
-    nats: float
+    nats: float | None
     found: bool
     ttft_ms: float
     tokens_per_s: float | None
@@ -97,7 +98,8 @@ class FormatScore:
         retrieval: "search", "oracle", or "none".
         num_questions: with an answer in the bank.
         accuracy, contains: shares of answers that equal, or hold, an accepted one.
-        nats_per_answer: mean negative log-likelihood of the likeliest accepted answer.
+        nats_per_answer: mean negative log-likelihood of the likeliest accepted answer; None where
+            not asked for.
         hallucinated: share of the questions that the bank cannot answer to which something else
             than a refusal was written; None where there were none.
         ttft_ms, tokens_per_s: medians.
@@ -109,7 +111,7 @@ class FormatScore:
     num_questions: int
     accuracy: float
     contains: float
-    nats_per_answer: float
+    nats_per_answer: float | None
     hallucinated: float | None
     ttft_ms: float
     tokens_per_s: float | None
@@ -141,15 +143,19 @@ class _Given:
         return [self._hits[:top_k] for _ in queries]
 
 
-class _Clock(StoppingCriteria):
-    """Stops nothing; notes when each token came."""
+class _FirstLine(StoppingCriteria):
+    """Ends an answer with its first line, and notes when each token came."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any, prompt_tokens: int) -> None:
+        self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
         self.at_s: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
         self.at_s.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        new = input_ids[0, self._prompt_tokens :]
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        ended = "\n" in text.lstrip()
+        return torch.full((len(input_ids),), ended, device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -180,9 +186,11 @@ def eval_memory(
     absent: Sequence[Question] = (),
     formats: Sequence[str] = FORMATS,
     codecs: Sequence[str] = (),
+    banks: Mapping[str, Bank] | None = None,
     refusals: Sequence[str] = REFUSALS,
     top_k: int = 5,
     max_new_tokens: int = 32,
+    nats: bool = True,
     progress: Progress | None = None,
 ) -> MemoryEvaluation:
     """Ask every question in every format.
@@ -195,9 +203,12 @@ def eval_memory(
         absent: questions that the bank cannot answer, searched for in the same way.
         formats: of `FORMATS`.
         codecs: for explicit:CODEC.
+        banks: by the name of their format, this model's banks of the same references in another
+            code: their memories are read from files, as those of `bank`.
         refusals: what a model may write that does not know; compared after normalisation.
         top_k: references a question.
         max_new_tokens: longest answer.
+        nats: score the accepted answers too, at the price of a forward pass for each.
         progress: told of the questions done.
 
     Raises:
@@ -215,9 +226,13 @@ def eval_memory(
         raise ConfigError("top_k and max_new_tokens must be 1 or more")
     if retriever is None and absent:
         raise ConfigError("an oracle knows no references for what the bank cannot answer")
+    for name in banks or {}:
+        if name in FORMATS:
+            raise ConfigError(f"{name!r} is the name of a format: give another to a further bank")
     bank.use(model, tokenizer)
     ways = [_way(name, model, tokenizer, bank) for name in formats]
     ways += [_coded(codec, bank) for codec in codecs]
+    ways += [_stored(name, more.use(model, tokenizer)) for name, more in (banks or {}).items()]
     everything = [*questions, *absent]
     records: list[Asked] = []
     refused: dict[str, list[bool]] = {way.name: [] for way in ways}
@@ -225,7 +240,9 @@ def eval_memory(
         for number, question in enumerate(everything):
             hits, search_ms = _references(bank, question, retriever, top_k)
             for way in ways:
-                one = _ask(way, question, hits, search_ms, model, tokenizer, top_k, max_new_tokens)
+                one = _ask(
+                    way, question, hits, search_ms, model, tokenizer, top_k, max_new_tokens, nats
+                )
                 if number < len(questions):
                     records.append(one)
                 else:
@@ -261,10 +278,8 @@ def _way(name: str, model: PreTrainedModel, tokenizer: Any, bank: Bank) -> _Way:
         stats = bank.stats()
         kib = stats.characters / max(1, stats.references) / 1024 if name == "text" else 0.0
         return _Way(name, None, None, kib)
-    assert bank.codec is not None
     if name == "explicit":
-        kib = bank.codec.bytes_per_memory / 1024
-        return _Way(name, bank.settings.config, lambda hits: bank.load, kib)
+        return _stored(name, bank)
     host = Host(model)
     whole = ExplicitMemoryConfig(
         layers=tuple(n for n in range(host.num_layers) if not host.is_sliding(n)),
@@ -283,6 +298,13 @@ def _way(name: str, model: PreTrainedModel, tokenizer: Any, bank: Bank) -> _Way:
         return lambda ids: memories[[places[name] for name in ids]]
 
     return _Way(name, whole, ready, kib)
+
+
+def _stored(name: str, bank: Bank) -> _Way:
+    """A bank's own memories, as it stores them."""
+    assert bank.codec is not None
+    kib = bank.codec.bytes_per_memory / 1024
+    return _Way(name, bank.settings.config, lambda hits: bank.load, kib)
 
 
 def _coded(codec_name: str, bank: Bank) -> _Way:
@@ -311,6 +333,7 @@ def _ask(
     tokenizer: Any,
     top_k: int,
     max_new_tokens: int,
+    nats: bool,
 ) -> Asked:
     texts = [hit.text for hit in hits] if way.name in ("text", "cached") else []
     prompt = encode_prompt(tokenizer, "\n\n".join([*texts, question.prompt]))
@@ -329,7 +352,7 @@ def _ask(
         cache = _cached(model, prompt, encode_prompt(tokenizer, "\n\n".join([*texts, ""])))
     with _reading(way, hits, model, tokenizer, top_k):
         begin_s = time.perf_counter()
-        clock = _Clock()
+        clock = _FirstLine(tokenizer, len(prompt))
         ids = torch.tensor([prompt], device=model.device)
         written = model.generate(  # type: ignore[operator]
             ids,
@@ -348,7 +371,7 @@ def _ask(
                 [Completion(prompt, encode_completion(tokenizer, answer), question.id)],
                 terminators=[end],
             )[0]
-            for answer in question.completions
+            for answer in (question.completions if nats else ())
         ]
     text = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
     line = text.strip().partition("\n")[0].strip()
@@ -359,7 +382,7 @@ def _ask(
         text=line,
         exact=exact_match(line, question.answers),
         contains=contains_answer(line, question.answers),
-        nats=min(score.nats for score in scores),
+        nats=min((score.nats for score in scores), default=None),
         found=any(contains_answer(hit.text, question.answers) for hit in hits),
         ttft_ms=(clock.at_s[0] - begin_s) * 1e3 + (0.0 if way.name == "none" else search_ms),
         tokens_per_s=(len(clock.at_s) - 1) / later_s if later_s > 0 else None,
@@ -407,13 +430,14 @@ def _score(
 ) -> FormatScore:
     mine = [record for record in records if record.format == way.name]
     rates = [record.tokens_per_s for record in mine if record.tokens_per_s is not None]
+    nats = [record.nats for record in mine if record.nats is not None]
     return FormatScore(
         format=way.name,
         retrieval="none" if way.name == "none" else retrieval,
         num_questions=len(mine),
         accuracy=sum(record.exact for record in mine) / len(mine),
         contains=sum(record.contains for record in mine) / len(mine),
-        nats_per_answer=sum(record.nats for record in mine) / len(mine),
+        nats_per_answer=sum(nats) / len(nats) if nats else None,
         hallucinated=1 - sum(refused) / len(refused) if refused else None,
         ttft_ms=statistics.median(record.ttft_ms for record in mine),
         tokens_per_s=statistics.median(rates) if rates else None,

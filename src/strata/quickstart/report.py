@@ -66,13 +66,7 @@ class Outcome:
 def print_end(outcome: Outcome, out: Path, console: Console) -> None:
     """Print what the bank did, where everything lies and what to do next."""
     if outcome.bank is not None:
-        console.print(with_bank(outcome.bank))
-        console.print(sourced(outcome.bank.examples))
-        console.print(
-            "The model was trained on single sentences and never to read: what it is given beside "
-            "a question disturbs what it knows. Finding works, reading has to be learned.",
-            soft_wrap=True,
-        )
+        print_bank(outcome.bank, console)
     console.print(
         f"Plot [bold]{out / 'recall.png'}[/], numbers [bold]{out / 'report.json'}[/], "
         f"models [bold]{out / 'memory' / 'model'}[/] and [bold]{out / 'dense' / 'model'}[/]; "
@@ -81,11 +75,30 @@ def print_end(outcome: Outcome, out: Path, console: Console) -> None:
         f'  strata generate {out}/memory/model "The capital of Peru is"\n'
         f"  strata eval {out}/memory/model --recall {out}/questions.jsonl\n"
         "  strata train recipes/pkplus_373m_1024k.yaml --dry-run\n"
-        f"{_bank_verbs(outcome.bank, out)}"
+        f"{_bank_verbs(outcome.bank)}"
         "  README.md: put memory layers into a model of your own",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_bank(bank: BankOutcome, console: Console) -> None:
+    """Print what the bank did, and some answers."""
+    console.print(with_bank(bank))
+    console.print(sourced(bank.examples))
+    given = "one reference" if bank.top_k == 1 else f"one of {bank.top_k} references"
+    console.print(
+        f"The answer stands in {given} found for {bank.found:.1%} of the questions. All ways get "
+        "the same ones; times are medians of single questions, searching included.",
+        soft_wrap=True,
+    )
+    if not bank.learned:
+        console.print(
+            "No reader is there, so the memory model stands in for it. It was trained on single "
+            "sentences in other words, and never to read: finding works, reading has to be learned "
+            "(strata reader, and --reader).",
+            soft_wrap=True,
+        )
 
 
 def as_dict(outcome: Outcome) -> dict[str, Any]:
@@ -106,7 +119,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "steps": outcome.memory.steps,
         "curve": {kind: [vars(point) for point in one.curve] for kind, one in both.items()},
         "examples": [vars(example) for example in outcome.examples],
-        "bank": None if outcome.bank is None else asdict(outcome.bank),
+        "explicit": None if outcome.bank is None else asdict(outcome.bank),
         "wall_s": outcome.wall_s,
         "threads": outcome.threads,
         "precision": outcome.precision,
@@ -184,36 +197,53 @@ def answers(examples: Sequence[Example]) -> Table:
 
 
 def with_bank(bank: BankOutcome) -> Table:
-    """How often references are found, and answers right, with nothing, text and memories."""
-    table = Table(title=f"{bank.num_questions} of the facts asked, the memory model")
-    table.add_column("")
-    table.add_column("", justify="right")
-    table.add_row("the answer stands in one of five references found", f"{bank.found:.1%}")
-    table.add_section()
-    names = {"none": "nothing", "text": "the first reference as text", "explicit": "five memories"}
-    for name, share in bank.right.items():
-        table.add_row(f"answered right, given {names[name]}", f"{share:.1%}")
+    """What a bank does for answers, and what it costs: nothing, text and memories side by side."""
+    untold = " it was never taught about" if bank.learned else ""
+    table = Table(title=f"{bank.num_questions} facts on {bank.documents} countries{untold}")
+    table.add_column("given")
+    names = {
+        "none": "nothing",
+        "text": "text",
+        "explicit": "memories",
+        "explicit_vq": "memories, VQ",
+    }
+    for name in bank.accuracy:
+        table.add_column(names[name], justify="right")
+
+    def row(name: str, form: str, values: Mapping[str, float | None]) -> None:
+        cells = (values.get(kind) for kind in bank.accuracy)
+        table.add_row(name, *("" if value is None else form.format(value) for value in cells))
+
+    row("answered right", "{:.1%}", bank.accuracy)
+    row("first token, ms", "{:.1f}", bank.ttft_ms)
+    row("tokens/s", "{:,.0f}", bank.tokens_per_s)
+    row("KiB a reference", "{:.1f}", bank.kib_per_reference)
     return table
 
 
 def sourced(examples: Sequence[Sourced]) -> Table:
-    """Answers with the reference that was found first."""
-    table = Table(title="Found and read, in question order, not chosen")
-    for column in ("question", "right", "written with memories", "first source", "what it says"):
+    """Answers with the reference that says what was written."""
+    table = Table(title="Some answers, in question order, not chosen")
+    for column in ("question", "right", "text", "memories", "who says so", "what it says"):
         table.add_column(column)
     for one in examples:
-        text = one.text if len(one.text) <= 120 else one.text[:120] + "..."
-        cells = (one.question, one.answer, one.written, one.source, " ".join(text.split()))
-        table.add_row(*map(_escape, cells))
+        said = one.text if len(one.text) <= 120 else one.text[:120] + "..."
+        source = "no reference given" if one.source is None else one.source
+        cells = [_escape(one.written[name]) for name in ("text", "explicit")]
+        cells = [f"[green]{text}[/]" if text == _escape(one.answer) else text for text in cells]
+        asked, right, said = map(_escape, (one.question, one.answer, " ".join(said.split())))
+        table.add_row(asked, right, *cells, _escape(source), said)
     return table
 
 
-def _bank_verbs(bank: BankOutcome | None, out: Path) -> str:
+def _bank_verbs(bank: BankOutcome | None) -> str:
     if bank is None:
         return ""
+    asked = bank.examples[0].question
+    quoted = "Question: {}\\nAnswer:".format(asked.replace("'", "\\'"))  # for $'...' of a shell
     return (
-        f'  strata bank search {bank.folder} "Which city is the capital of Peru?"\n'
-        f'  strata ask {bank.folder} "The capital of Peru is" --model {out}/memory/model\n'
+        f'  strata bank search {bank.bank} "{asked}"\n'
+        f"  strata ask {bank.bank} $'{quoted}' --model {bank.reader} --max-new-tokens 8\n"
     )
 
 

@@ -2,8 +2,9 @@
 
 Two small decoders see the same sentences about the world's countries in the same order. One has
 memory layers, its dense twin has feed-forward networks of the same cost. Both are then asked
-every fact in a wording that the fact never had in training. Last, articles on the same countries
-become a bank of explicit memories, and the first model is asked with it.
+every fact in a wording that the fact never had in training. Last, articles become a bank of
+explicit memories, and a reader, a third decoder that comes trained, is asked with it about
+countries that it was taught nothing of. Where there is no reader, the first model stands in for it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from strata.evals.recall import RecallResult, recall
 from strata.models import count, load
 from strata.quickstart.answers import pick_examples, written_answers
 from strata.quickstart.bank import answer_from_bank
+from strata.quickstart.decoder import PACKED
 from strata.quickstart.report import (
     Contestant,
     Outcome,
@@ -49,6 +51,7 @@ def quickstart(
     out: str | Path = "runs/quickstart",
     *,
     overrides: Sequence[str] = (),
+    reader: Path | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Train both models, ask them, and write tables, plot and `report.json` into a folder.
@@ -58,6 +61,8 @@ def quickstart(
     Args:
         out: the folder for everything that is made.
         overrides: `a.b=c` for the recipe of both models, for instance `run.steps=400`.
+        reader: folder of the decoder that the bank is for; None for the one that comes with strata,
+            or where there is none, the memory model, which never learned to read.
         console: where to print; the terminal by default.
 
     Returns:
@@ -87,11 +92,13 @@ def quickstart(
     console.print(comparison(contestants["memory"], contestants["dense"]))
     console.print(answers(examples))
 
-    console.rule("5/5  A bank of articles on the same countries")
+    console.rule("5/5  A bank of articles on countries")
+    if reader is None:
+        reader = PACKED if PACKED.is_dir() else out / "memory" / "model"
     outcome = Outcome(
         **contestants,
         examples=examples,
-        bank=answer_from_bank(out, load_facts(), questions, console),
+        bank=answer_from_bank(out, reader, console),
         num_questions=len(questions),
         wall_s=time.perf_counter() - start_s,
         threads=torch.get_num_threads(),

@@ -94,7 +94,7 @@ def train_reader(
     """
     begin_s = time.monotonic()
     plan = plan_stages(config, data=data, out=out)
-    shared = _shared(data)
+    shared = shared_files(data)
     tokenizer = _check_data(data, plan)
     _check_model(config, plan, tokenizer)
     probe = Probe(data / "eval" / "val", config.probe)
@@ -103,7 +103,7 @@ def train_reader(
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     _require_same_stages(out, plan)
-    _keep_shared(out, shared, data)
+    keep_shared(out, shared, data)
     with storage_errors(out):
         (out / STAGES_NAME).write_text(dump_yaml(config), encoding="utf-8")
 
@@ -246,8 +246,12 @@ def _require_same_stages(out: Path, plan: Sequence[Planned]) -> None:
         require_same_run(stored, stage.recipe, may_differ=may_differ, remedy=remedy)
 
 
-def _shared(data: Path) -> dict[str, str]:
-    """What all stages share, by file."""
+def shared_files(data: Path) -> dict[str, str]:
+    """What all stages share: sha256 by file.
+
+    Raises:
+        DataError: a file is missing.
+    """
     if not data.is_dir():
         raise DataError(f"no reader's data at {data}: make it with strata reader data --out {data}")
     try:
@@ -258,8 +262,12 @@ def _shared(data: Path) -> dict[str, str]:
         ) from None
 
 
-def _keep_shared(out: Path, shared: dict[str, str], data: Path) -> None:
-    """Write down what all stages share, or refuse other data."""
+def keep_shared(out: Path, shared: dict[str, str], data: Path) -> None:
+    """Write down what all stages share, or refuse other data.
+
+    Raises:
+        DataError: `out` was begun with other data.
+    """
     path = out / DATA_NAME
     if path.exists():
         try:

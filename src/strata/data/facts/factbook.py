@@ -90,6 +90,15 @@ def load_articles() -> dict[str, str]:
     return {row["country"]: row["text"] for row in rows}
 
 
+def held_out_countries() -> frozenset[str]:
+    """Countries of which a reader is taught nothing: two in five, by a hash of their names."""
+    return frozenset(
+        country
+        for country in load_articles()
+        if hashlib.sha256(country.encode()).digest()[0] % 5 < 2
+    )
+
+
 def training_statements(facts: Sequence[Fact]) -> list[Statement]:
     """Every fact in the four wordings that it is trained in."""
     return [
@@ -103,6 +112,13 @@ def training_statements(facts: Sequence[Fact]) -> list[Statement]:
 def question(fact: Fact) -> Statement:
     """The fact in its held-out wording."""
     return _state(fact, fact.held_out)
+
+
+def plain_questions(fact: Fact) -> tuple[str, str]:
+    """What the fact answers, as one asks, in two wordings: "What is the capital of Chad?"."""
+    asked = [w for w in WORDINGS[fact.relation] if "?" in w]
+    one, other = (w.removeprefix("Question: ").partition("?")[0] + "?" for w in asked)
+    return one.format(country=fact.country), other.format(country=fact.country)
 
 
 def _state(fact: Fact, wording: int) -> Statement:
