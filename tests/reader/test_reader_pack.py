@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 import yaml
 from test_reader_train import DATA, SMALL, WAYS
 
-from strata.cli.main import main
 from strata.errors import ConfigError, DataError, ModelError
 from strata.models import load
 from strata.quickstart.decoder import open_reader
@@ -53,20 +51,6 @@ def taught(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def run_copy(taught: Path, tmp_path: Path) -> Path:
     """One that a test may change."""
     return Path(shutil.copytree(taught, tmp_path / "run"))
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["strata", "reader", "pack", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def sha256(path: Path) -> str:
@@ -161,7 +145,7 @@ def test_the_exam_is_packed_without_its_answers(
     report.parent.mkdir(parents=True)
     report.write_text(json.dumps({"stage": "03-memory3", "oracle": one, "search": one}))
     command = ("--data", data, "--run", run_copy, "--out", tmp_path / "out")
-    code, printed, err = run(*command)
+    code, printed, err = run("reader", "pack", *command)
     assert code == 0, err
     assert "03-memory3, 0." in printed and "memory_3" in printed
     card = (tmp_path / "out" / "reader.json").read_text(encoding="utf-8")
@@ -169,7 +153,7 @@ def test_the_exam_is_packed_without_its_answers(
     assert "never shown" not in card
     assert "| text | 50.0% | 0.2 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     report.write_text("{}")
-    code, _, err = run(*command)
+    code, _, err = run("reader", "pack", *command)
     assert code == 2 and "make it again with strata reader eval" in err and err.count("\n") == 1
     assert (tmp_path / "out" / "reader.json").read_text(encoding="utf-8") == card
 

@@ -26,7 +26,8 @@ def evaluate_memory(
         Path | None, typer.Option(help="questions that the bank cannot answer")
     ] = None,
     format: Annotated[
-        list[str] | None, typer.Option(help="none, text, cached, dense, explicit (repeatable; default all)")
+        list[str] | None,
+        typer.Option(help="none, text, cached, dense, explicit (repeatable; default all)"),
     ] = None,
     codec: Annotated[
         list[str] | None, typer.Option(help="also explicit memories in this code (repeatable)")
