@@ -64,7 +64,7 @@ def check(
             unpadded = [model(input_ids=torch.tensor([row])).logits[0] for row in ROWS]
     loops = Loops(
         model, shape, shelf.memories, config.reference_tokens,
-        preset.positions, preset.temperature, preset.scale,
+        preset.positions or config.positions, preset.temperature, preset.scale,
     )  # fmt: skip
     for n, row in enumerate(ROWS):
         mine = got[n][mask[n] == 1]
@@ -110,6 +110,13 @@ def test_large_memories_layer_by_layer(
 
 def test_sequential_positions(host_model: PreTrainedModel) -> None:
     check(host_model, SETTINGS, presets.Preset(positions="sequential"))
+
+
+def test_memories_stand_as_their_settings_say(make_host: MakeHost) -> None:
+    """Unless the preset says otherwise."""
+    apart = SETTINGS.model_copy(update={"positions": "sequential"})
+    check(make_host("llama"), apart)
+    check(make_host("llama"), apart, presets.Preset(positions="parallel"))
 
 
 def test_a_window_drops_the_marker(make_host: MakeHost) -> None:

@@ -262,6 +262,7 @@ def _way(name: str, model: PreTrainedModel, tokenizer: Any, bank: Bank) -> _Way:
         selector="all",
         reference_tokens=bank.settings.config.reference_tokens,
         marker=bank.settings.config.marker,
+        positions=bank.settings.config.positions,
     )
     encoder = Encoder(host, tokenizer, config)
     size = make_codec(config.codec, encoder.shape).bytes_per_memory

@@ -296,7 +296,7 @@ def attach(
             shape,
             marker=marker,
             reference_tokens=config.reference_tokens,
-            positions=preset.positions,
+            positions=preset.positions or config.positions,
         )
         refresher = Refresher(
             reader,
