@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import strata
 from strata.explicit import reading as reading_module
 from strata.explicit.attach import AttachError, attach
+from strata.explicit.attach.pieces import Query
 from strata.explicit.encode import Encoder
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories
@@ -57,11 +58,11 @@ def make_host(make_host: MakeHost) -> MakeHost:
 
 
 def reader(
-    model: PreTrainedModel, config: ExplicitMemoryConfig = SETTINGS
+    model: PreTrainedModel, config: ExplicitMemoryConfig = SETTINGS, *, query: Query = "own"
 ) -> tuple[Encoder, Reading]:
     tokenizer = words()
     return Encoder(Host(model), tokenizer, config), Reading(
-        model, tokenizer, config, chunk_tokens=CHUNK, reach=REACH
+        model, tokenizer, config, chunk_tokens=CHUNK, reach=REACH, query=query
     )
 
 
@@ -98,7 +99,9 @@ def assert_same(found: dict[str, Tensor], want: dict[str, Tensor], tolerance: fl
         torch.testing.assert_close(found[name], grad, atol=tolerance * scale, rtol=0, msg=name)
 
 
-def attached(model: PreTrainedModel, row: int, config: ExplicitMemoryConfig) -> Tensor:
+def attached(
+    model: PreTrainedModel, row: int, config: ExplicitMemoryConfig, *, query: Query = "own"
+) -> Tensor:
     """Logits of one row by attach, whose source finds what a chunk's text asks for."""
     memories = Encoder(Host(model), words(), config).encode(texts())
     tokenizer = words()
@@ -124,6 +127,7 @@ def attached(model: PreTrainedModel, row: int, config: ExplicitMemoryConfig) -> 
             tokenizer=tokenizer,
             config=config,
             chunk_tokens=CHUNK,
+            prompt_query=query,
         ),
     ):
         return model(input_ids=IDS[row : row + 1]).logits[0]
@@ -216,6 +220,22 @@ def test_places_of_nothing_take_no_interval(make_host: MakeHost) -> None:
     assert float((logits(2, 0) - logits(0, 2)).abs().max()) > 1e-3
 
 
+def test_what_the_chunk_before_asked_for_is_read(make_host: MakeHost) -> None:
+    """As by attach, and so the first chunk reads nothing."""
+    model = make_host()
+    for config in (SETTINGS, SEQUENTIAL):
+        encoder, reading = reader(model, config, query="previous")
+        with torch.no_grad(), reading(encoder.encode(texts()), OWN):
+            got = model(input_ids=IDS).logits
+        for row in range(2):
+            want = attached(model, row, config, query="previous")
+            torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-5)
+        assert float((got[0] - attached(model, 0, config)).abs().max()) > 1e-2
+        plain = model(input_ids=IDS).logits
+        assert torch.equal(got[0, :CHUNK], plain[0, :CHUNK])
+        assert torch.equal(got[1, : 3 * CHUNK], plain[1, : 3 * CHUNK])
+
+
 @pytest.mark.parametrize("config", [SETTINGS, SEQUENTIAL], ids=["parallel", "sequential"])
 def test_a_window_drops_the_marker_where_it_would_drop_text(
     make_host: MakeHost, config: ExplicitMemoryConfig
@@ -239,10 +259,11 @@ def test_a_short_last_chunk(make_host: MakeHost) -> None:
     torch.testing.assert_close(got, want[:, :-5], atol=1e-5, rtol=1e-5)
 
 
-def test_documents_of_a_row_read_their_own(make_host: MakeHost) -> None:
+@pytest.mark.parametrize("query", ["own", "previous"])
+def test_documents_of_a_row_read_their_own(make_host: MakeHost, query: Query) -> None:
     """The second document begins within the second chunk, whose reference is the first's."""
     model = make_host()
-    encoder, reading = reader(model)
+    encoder, reading = reader(model, query=query)
     border = CHUNK + 5
     of_tokens = (torch.arange(5 * CHUNK) >= border).long()[None]
     own, of_chunks = torch.tensor([[0, 2, 3, -1, 1]]), torch.tensor([[0, 0, 1, 1, 1]])
@@ -258,10 +279,11 @@ def test_documents_of_a_row_read_their_own(make_host: MakeHost) -> None:
             second = model(**inputs).logits
         plain = model(**inputs).logits
     torch.testing.assert_close(got[:, :border], first[:, :border], atol=1e-5, rtol=1e-5)
-    rest = slice(2 * CHUNK, None)
+    later = 3 if query == "previous" else 2
+    rest = slice(later * CHUNK, None)
     torch.testing.assert_close(got[:, rest], second[:, rest], atol=1e-5, rtol=1e-5)
     # between the border and its first own reference a document reads nothing
-    between = slice(border, 2 * CHUNK)
+    between = slice(border, later * CHUNK)
     assert torch.equal(got[:, between], plain[:, between])
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from strata.explicit.attach.fetch import AttachError
+from strata.explicit.attach.pieces import Query
 from strata.explicit.attach.placing import marker_states
 from strata.explicit.encode import marker_ids
 from strata.explicit.host import Host
@@ -69,6 +70,8 @@ class Reading:
         config: the settings that the memories are encoded with.
         chunk_tokens: tokens of a chunk.
         reach: how many chunks' references a chunk reads, its own included.
+        query: "previous": a chunk reads what was found with the one before it, so the references
+            of the `reach` chunks before it and not its own.
 
     Attributes:
         host: the decoder.
@@ -90,6 +93,7 @@ class Reading:
         *,
         chunk_tokens: int = 64,
         reach: int = 5,
+        query: Query = "own",
     ) -> None:
         for name, given in (("chunk_tokens", chunk_tokens), ("reach", reach)):
             if given < 1:
@@ -99,6 +103,7 @@ class Reading:
         self.marker_ids = marker_ids(tokenizer, config.marker)
         self.chunk_tokens = chunk_tokens
         self.reach = reach
+        self.query = query
         self.reference_tokens = config.reference_tokens
         self.positions = config.positions
         self._read: _Read | None = None
@@ -191,7 +196,8 @@ class Reading:
 
     def _within_reach(self, states_bc: Tensor) -> Tensor:
         """(b, c, reach): of each chunk those of the chunks it reads from, the nearest last."""
-        states_bc = F.pad(states_bc.to(self.host.device), (self.reach - 1, 0), value=-1)
+        late = int(self.query == "previous")
+        states_bc = F.pad(states_bc.to(self.host.device), (self.reach - 1 + late, -late), value=-1)
         return states_bc.unfold(1, self.reach, 1)
 
     def _asked(self, documents: Documents, chunks: int) -> Tensor:
