@@ -144,6 +144,22 @@ def test_cold_references_are_encoded_when_they_are_found(
     assert json.loads(run("bank", "stats", folder, "--json")[1])["cold"] < cold
 
 
+def test_a_bank_keeps_how_its_memories_are_read(
+    run: Run, tmp_path: Path, tiny_model: Path, towns: Path
+) -> None:
+    folder = tmp_path / "apart"
+    create(run, folder, tiny_model, "--positions", "sequential", "--marker", "")
+    assert run("bank", "add", folder, towns, "--model", tiny_model)[0] == 0
+    config = json.loads((folder / "bank.json").read_text())["config"]
+    assert (config["positions"], config["marker"]) == ("sequential", "")
+    for form in ("explicit", "dense"):
+        code, _, err = run(
+            "ask", folder, "the mayor", "--model", tiny_model, "--max-new-tokens", 2,
+            "--format", form,
+        )  # fmt: skip
+        assert code == 0 and "aral.txt" in err
+
+
 def test_chat_goes_on_until_an_empty_line(run: Run, bank: Path, tiny_model: Path) -> None:
     code, _, err = run(
         "chat", bank, "--model", tiny_model, "--max-new-tokens", 2,
@@ -189,6 +205,8 @@ def test_another_model_is_refused(run: Run, bank: Path, tiny_model: Path, tmp_pa
           "--reference-tokens", "24"), "zip"),
         (("bank", "create", "{empty}/new", "--model", "{model}", "--tokens", "0"),
          "tokens_per_head"),
+        (("bank", "create", "{empty}/new", "--model", "{model}", "--positions", "any"),
+         "positions"),
         (("bank", "create", "{empty}/new", "--model", "{model}", "--layers", "a"),
          "numbers with commas"),
     ],

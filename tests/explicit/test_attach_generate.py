@@ -54,11 +54,18 @@ def attached(model: PreTrainedModel, shelf: Shelf, **options: Any) -> Any:
 
 
 def truth(
-    model: PreTrainedModel, shelf: Shelf, row: Sequence[int], prompt: int, ahead: int = 0
+    model: PreTrainedModel,
+    shelf: Shelf,
+    row: Sequence[int],
+    prompt: int,
+    ahead: int = 0,
+    query: str = "own",
 ) -> torch.Tensor:
     """Logits of a whole row by the loops, nothing cached."""
     loops = Loops(model, Host(model).memory_shape(SETTINGS), shelf.memories, 16)
-    read = reads(row, prompt, chunk=CHUNK, choose=by_sum, tokenizer=words(), ahead=ahead)
+    read = reads(
+        row, prompt, chunk=CHUNK, choose=by_sum, tokenizer=words(), ahead=ahead, query=query
+    )
     return loops.logits(row, read)
 
 
@@ -85,6 +92,33 @@ def test_greedy_is_that_of_the_loops(host_model: PreTrainedModel, ahead: int) ->
     assert {r.start for r in memory.used if r.row == 1} == {0, 1, 5, 13, 17, 21}
     threads = {name.split("_")[0] for name in shelf.threads}
     assert threads == ({"MainThread"} if not ahead else {"MainThread", "strata-memory"})
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_prompt_reads_what_its_pieces_before_found(
+    make_host: MakeHost, ahead: int, options: dict[str, Any]
+) -> None:
+    """Its first piece reads nothing; what is generated reads as ever."""
+    model = make_host("llama")
+    shelf = shelf_of(model)
+    with attached(model, shelf, prefetch_tokens=ahead, prompt_query="previous") as memory:
+        out = model.generate(
+            **batch(), **GREEDY, **options, output_logits=True, return_dict_in_generate=True
+        )
+    logits = torch.stack(out.logits, 1)
+    for n, row in enumerate(ROWS):
+        text = [*row, *out.sequences[n, 13:].tolist()]
+        want = truth(model, shelf, text, len(row), ahead, "previous")[len(row) - 1 : -1]
+        torch.testing.assert_close(logits[n], want, atol=5e-5, rtol=5e-5)
+        own = truth(model, shelf, text, len(row), ahead)[len(row) - 1 : -1]
+        assert (own - want).abs().max() > 1e-2
+    # What the prompt's last piece found is read behind it, by tokens that are a piece of their own.
+    found = {(r.row, r.start, r.stop): r.query for r in memory.used}
+    assert found[0, 0, 1] == found[1, 0, 1] == ""
+    assert found[0, 13, 17] == words().decode(ROWS[0][9:])
+    assert found[1, 9, 13] == words().decode(ROWS[1][5:])
+    assert len(memory.used) == 4 + 3 + 2 + 2 * 3
 
 
 @pytest.mark.parametrize(

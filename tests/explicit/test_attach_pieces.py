@@ -12,7 +12,13 @@ from tiny_memories import Loops, by_sum, make_shelf, reads, sharp, words
 from transformers import PreTrainedModel
 
 from strata.explicit.attach import attach, presets, reader
-from strata.explicit.attach.pieces import Piece, generated_piece, prompt_pieces, stretches
+from strata.explicit.attach.pieces import (
+    Piece,
+    generated_piece,
+    prompt_pieces,
+    stretches,
+    with_first_generated,
+)
 from strata.explicit.host import Host
 from strata.explicit.settings import ExplicitMemoryConfig
 
@@ -64,7 +70,7 @@ def check(
             unpadded = [model(input_ids=torch.tensor([row])).logits[0] for row in ROWS]
     loops = Loops(
         model, shape, shelf.memories, config.reference_tokens,
-        preset.positions, preset.temperature, preset.scale,
+        preset.positions or config.positions, preset.temperature, preset.scale,
     )  # fmt: skip
     for n, row in enumerate(ROWS):
         mine = got[n][mask[n] == 1]
@@ -112,6 +118,32 @@ def test_sequential_positions(host_model: PreTrainedModel) -> None:
     check(host_model, SETTINGS, presets.Preset(positions="sequential"))
 
 
+def test_memories_stand_as_their_settings_say(make_host: MakeHost) -> None:
+    """Unless the preset says otherwise."""
+    apart = SETTINGS.model_copy(update={"positions": "sequential"})
+    check(make_host("llama"), apart)
+    check(make_host("llama"), apart, presets.Preset(positions="parallel"))
+
+
+def test_pieces_of_a_prompt_may_ask_for_those_behind_them(make_host: MakeHost) -> None:
+    model = make_host("llama")
+    shelf = make_shelf(model, Host(model).memory_shape(SETTINGS))
+    ids, mask = batch("right")
+    with attach(
+        model, shelf, tokenizer=words(), config=SETTINGS, chunk_tokens=8, prompt_query="previous"
+    ):
+        got = model(input_ids=ids, attention_mask=mask).logits
+    loops = Loops(model, Host(model).memory_shape(SETTINGS), shelf.memories, 16)
+    for n, row in enumerate(ROWS):
+        read = reads(
+            row, len(row), chunk=8, choose=by_sum, tokenizer=words(), query="previous"
+        )  # fmt: skip
+        assert not any(read[: len(row) % 8]) and (len(row) < 8 or any(read))
+        torch.testing.assert_close(
+            got[n][mask[n] == 1], loops.logits(row, read), atol=2e-5, rtol=2e-5
+        )
+
+
 def test_a_window_drops_the_marker(make_host: MakeHost) -> None:
     """A sliding layer sees the marker as it would see text at that place: for a while."""
     for name in ("gemma2", "gemma3_text"):
@@ -155,6 +187,17 @@ def test_prompt_pieces_tile_the_prompt_from_its_end(first: int, length: int, chu
     assert all(p.query == (p.start, p.stop) for p in pieces)
     assert all(p.stop - p.start == chunk for p in pieces[1:])
     assert (end - pieces[-1].stop) == 0 and pieces[0].start == first
+    late = prompt_pieces(first, end, chunk, query="previous")
+    assert [(p.start, p.stop) for p in late] == [(p.start, p.stop) for p in pieces]
+    assert [p.query for p in late] == [(first, first), *(p.query for p in pieces[:-1])]
+
+
+def test_the_first_generated_tokens_read_what_the_prompt_s_end_found() -> None:
+    own, late = (prompt_pieces(3, 10, 4, query=query) for query in ("own", "previous"))
+    assert with_first_generated(own, 4) == [Piece((3, 6), 3, 6), Piece((6, 10), 6, 14)]
+    assert with_first_generated(late, 4, query="previous") == [
+        Piece((3, 3), 3, 6), Piece((3, 6), 6, 10), Piece((6, 10), 10, 14),
+    ]  # fmt: skip
 
 
 def test_stretches_are_cut_at_every_row_s_borders() -> None:

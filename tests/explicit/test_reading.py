@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import strata
 from strata.explicit import reading as reading_module
 from strata.explicit.attach import AttachError, attach
+from strata.explicit.attach.pieces import Query
 from strata.explicit.encode import Encoder
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories
@@ -25,6 +26,7 @@ from strata.ops.memory_attention import memory_attention
 MakeHost = Callable[..., PreTrainedModel]
 CHUNK, REACH = 8, 3
 SETTINGS = ExplicitMemoryConfig(tokens_per_head=3, reference_tokens=16)
+SEQUENTIAL = SETTINGS.model_copy(update={"positions": "sequential"})
 FEW_HEADS = ExplicitMemoryConfig(
     layers=(0, 1, 3), heads={0: (1,), 1: (0, 1), 3: (0,)}, tokens_per_head=3, reference_tokens=16
 )
@@ -56,11 +58,11 @@ def make_host(make_host: MakeHost) -> MakeHost:
 
 
 def reader(
-    model: PreTrainedModel, config: ExplicitMemoryConfig = SETTINGS
+    model: PreTrainedModel, config: ExplicitMemoryConfig = SETTINGS, *, query: Query = "own"
 ) -> tuple[Encoder, Reading]:
     tokenizer = words()
     return Encoder(Host(model), tokenizer, config), Reading(
-        model, tokenizer, config, chunk_tokens=CHUNK, reach=REACH
+        model, tokenizer, config, chunk_tokens=CHUNK, reach=REACH, query=query
     )
 
 
@@ -97,14 +99,18 @@ def assert_same(found: dict[str, Tensor], want: dict[str, Tensor], tolerance: fl
         torch.testing.assert_close(found[name], grad, atol=tolerance * scale, rtol=0, msg=name)
 
 
-def attached(model: PreTrainedModel, row: int, config: ExplicitMemoryConfig) -> Tensor:
-    """Logits of one row by attach, whose source finds what each chunk should read."""
+def attached(
+    model: PreTrainedModel, row: int, config: ExplicitMemoryConfig, *, query: Query = "own"
+) -> Tensor:
+    """Logits of one row by attach, whose source finds what a chunk's text asks for."""
     memories = Encoder(Host(model), words(), config).encode(texts())
     tokenizer = words()
     found: dict[str, list[TinyHit]] = {}
     for chunk in range(OWN.shape[1]):
         ids = IDS[row, chunk * CHUNK : (chunk + 1) * CHUNK]
         own = [int(n) for n in OWN[row, max(0, chunk - REACH + 1) : chunk + 1] if n >= 0]
+        if config.positions == "sequential":
+            own.reverse()  # the chunk's own is the best hit
         # attach takes each memory once; a reference read twice stands there twice
         names = [f"{n}.{place}" for place, n in enumerate(own)]
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
@@ -115,7 +121,14 @@ def attached(model: PreTrainedModel, row: int, config: ExplicitMemoryConfig) -> 
     )
     with (
         torch.no_grad(),
-        attach(model, shelf, tokenizer=tokenizer, config=config, chunk_tokens=CHUNK),
+        attach(
+            model,
+            shelf,
+            tokenizer=tokenizer,
+            config=config,
+            chunk_tokens=CHUNK,
+            prompt_query=query,
+        ),
     ):
         return model(input_ids=IDS[row : row + 1]).logits[0]
 
@@ -169,13 +182,70 @@ def test_logits_are_those_of_attach(
     assert torch.equal(host_model(input_ids=IDS).logits, plain)
 
 
-def test_a_window_drops_the_marker_where_it_would_drop_text(make_host: MakeHost) -> None:
+@pytest.mark.parametrize("config", [SEQUENTIAL, FEW_HEADS], ids=["first half", "few heads"])
+def test_sequential_positions_are_those_of_attach(
+    host_model: PreTrainedModel, config: ExplicitMemoryConfig
+) -> None:
+    if config is FEW_HEADS:
+        if any(Host(host_model).is_sliding(n) for n in config.layers or ()):
+            config = config.model_copy(update={"layers": (0, 2), "heads": {0: (1,), 2: (0,)}})
+        config = config.model_copy(update={"positions": "sequential"})
+    encoder, reading = reader(host_model, config)
+    with torch.no_grad(), reading(encoder.encode(texts()), OWN):
+        got = host_model(input_ids=IDS).logits
+    parallel = config.model_copy(update={"positions": "parallel"})
+    for row in range(2):
+        want = attached(host_model, row, config)
+        torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-5)
+        # Of the second row no chunk reads two, and one interval is the same either way.
+        apart = (attached(host_model, row, parallel) - want).abs().max()
+        assert apart > 1e-2 if row == 0 else apart < 1e-5
+
+
+def test_gradients_flow_through_sequential_positions(make_host: MakeHost) -> None:
+    model = make_host().double()
+    directional(model, lambda: loss_of(model, config=SEQUENTIAL), ["layers.0", "layers.1"])
+
+
+def test_places_of_nothing_take_no_interval(make_host: MakeHost) -> None:
+    model = make_host()
+    encoder, reading = reader(model, SEQUENTIAL)
+    memories = encoder.encode(texts())
+
+    def logits(*read: int) -> Tensor:
+        with torch.no_grad(), reading.of_chunks(memories, torch.tensor([[read], [read]])):
+            return model(IDS).logits
+
+    torch.testing.assert_close(logits(-1, 2, -1, 0), logits(2, 0), atol=1e-6, rtol=1e-6)
+    assert float((logits(2, 0) - logits(0, 2)).abs().max()) > 1e-3
+
+
+def test_what_the_chunk_before_asked_for_is_read(make_host: MakeHost) -> None:
+    """As by attach, and so the first chunk reads nothing."""
+    model = make_host()
+    for config in (SETTINGS, SEQUENTIAL):
+        encoder, reading = reader(model, config, query="previous")
+        with torch.no_grad(), reading(encoder.encode(texts()), OWN):
+            got = model(input_ids=IDS).logits
+        for row in range(2):
+            want = attached(model, row, config, query="previous")
+            torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-5)
+        assert float((got[0] - attached(model, 0, config)).abs().max()) > 1e-2
+        plain = model(input_ids=IDS).logits
+        assert torch.equal(got[0, :CHUNK], plain[0, :CHUNK])
+        assert torch.equal(got[1, : 3 * CHUNK], plain[1, : 3 * CHUNK])
+
+
+@pytest.mark.parametrize("config", [SETTINGS, SEQUENTIAL], ids=["parallel", "sequential"])
+def test_a_window_drops_the_marker_where_it_would_drop_text(
+    make_host: MakeHost, config: ExplicitMemoryConfig
+) -> None:
     model = make_host("gemma3_text", sliding_window=32)
-    encoder, reading = reader(model)
+    encoder, reading = reader(model, config)
     with torch.no_grad(), reading(encoder.encode(texts()), OWN):
         got = model(input_ids=IDS).logits
     for row in range(2):
-        torch.testing.assert_close(got[row], attached(model, row, SETTINGS), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[row], attached(model, row, config), atol=1e-5, rtol=1e-5)
 
 
 def test_a_short_last_chunk(make_host: MakeHost) -> None:
@@ -189,10 +259,11 @@ def test_a_short_last_chunk(make_host: MakeHost) -> None:
     torch.testing.assert_close(got, want[:, :-5], atol=1e-5, rtol=1e-5)
 
 
-def test_documents_of_a_row_read_their_own(make_host: MakeHost) -> None:
+@pytest.mark.parametrize("query", ["own", "previous"])
+def test_documents_of_a_row_read_their_own(make_host: MakeHost, query: Query) -> None:
     """The second document begins within the second chunk, whose reference is the first's."""
     model = make_host()
-    encoder, reading = reader(model)
+    encoder, reading = reader(model, query=query)
     border = CHUNK + 5
     of_tokens = (torch.arange(5 * CHUNK) >= border).long()[None]
     own, of_chunks = torch.tensor([[0, 2, 3, -1, 1]]), torch.tensor([[0, 0, 1, 1, 1]])
@@ -208,10 +279,11 @@ def test_documents_of_a_row_read_their_own(make_host: MakeHost) -> None:
             second = model(**inputs).logits
         plain = model(**inputs).logits
     torch.testing.assert_close(got[:, :border], first[:, :border], atol=1e-5, rtol=1e-5)
-    rest = slice(2 * CHUNK, None)
+    later = 3 if query == "previous" else 2
+    rest = slice(later * CHUNK, None)
     torch.testing.assert_close(got[:, rest], second[:, rest], atol=1e-5, rtol=1e-5)
     # between the border and its first own reference a document reads nothing
-    between = slice(border, 2 * CHUNK)
+    between = slice(border, later * CHUNK)
     assert torch.equal(got[:, between], plain[:, between])
 
 
@@ -404,6 +476,12 @@ def test_what_does_not_fit_is_refused(make_host: MakeHost) -> None:
     fewer = SETTINGS.model_copy(update={"tokens_per_head": 2})
     other = Encoder(Host(model), words(), fewer).encode(texts())
     with pytest.raises(AttachError, match="same settings"), reading(other, OWN):
+        pass
+    whole = Documents(torch.zeros_like(IDS), torch.zeros_like(OWN))
+    with (
+        pytest.raises(AttachError, match="set positions to parallel"),
+        reader(model, SEQUENTIAL)[1](memories, OWN, documents=whole),
+    ):
         pass
     short = Documents(torch.zeros(2, 4 * CHUNK), torch.zeros_like(OWN))
     with pytest.raises(AttachError, match="do not fit"), reading(memories, OWN, documents=short):

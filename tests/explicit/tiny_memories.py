@@ -138,12 +138,20 @@ def make_shelf(model: PreTrainedModel, shape: MemoryShape, choose: Choose = by_s
 
 
 def reads(
-    ids: Sequence[int], prompt: int, *, chunk: int, choose: Choose, tokenizer: Any, ahead: int = 0
+    ids: Sequence[int],
+    prompt: int,
+    *,
+    chunk: int,
+    choose: Choose,
+    tokenizer: Any,
+    ahead: int = 0,
+    query: str = "own",
 ) -> list[list[str]]:
     """For each token of one row without padding, the ids of the memories that it reads."""
 
     def found(start: int, stop: int) -> list[str]:
-        text = tokenizer.decode(list(ids[max(0, start) : stop]), skip_special_tokens=True).strip()
+        asked = list(ids[max(0, start) : max(0, stop)])
+        text = tokenizer.decode(asked, skip_special_tokens=True).strip()
         return [hit.id for hit in choose(text)] if text else []
 
     out: list[list[str]] = []
@@ -151,6 +159,8 @@ def reads(
         if at < prompt + chunk:
             from_end = (prompt - 1 - min(at, prompt - 1)) // chunk
             stop = prompt - from_end * chunk
+            if query == "previous" and at < prompt:
+                stop -= chunk
             out.append(found(stop - chunk, stop))
         else:
             border = prompt + (at - prompt) // chunk * chunk

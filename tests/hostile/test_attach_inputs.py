@@ -98,6 +98,7 @@ def try_attach(model: Any, source: Any = None, tokenizer: Any = None, **options:
         ({"top_k": 0}, "top_k must be at least 1, given 0"),
         ({"prefetch_tokens": 64}, r"from 0 to chunk_tokens - 1 \(63\), given 64"),
         ({"prefetch_tokens": -1}, "given -1"),
+        ({"prompt_query": "next"}, "prompt_query is own or previous, given 'next'"),
         ({"tokenizer": Tokenizer(97)}, "the tokenizer has 97 tokens and the model 96"),
         ({"config": ExplicitMemoryConfig(layers=(7,))}, "memory layer 7 does not exist"),
     ],

@@ -385,6 +385,32 @@ def test_another_origin_is_refused(made: Made, prose: Path, tmp_path: Path) -> N
         make_data(None, (), out=tmp_path, config=settings())
 
 
+def test_a_given_tokenizer_counts_and_writes_them(made: Made, prose: Path, tmp_path: Path) -> None:
+    """Other texts for a model that is there: of the same facts, with the same questions."""
+    out, _ = made
+    config = settings(
+        "chunk_tokens=32", "reach=3", "text.level1.tokens=0", "memory.level3.tokens=0"
+    )
+    given, other = out / "tokenizer", tmp_path / "other"
+    for _ in range(2):  # finished folders are kept
+        make_data(None, [prose], out=other, config=config, tokenizer=given)
+    same = [
+        "tokenizer/tokenizer.json",
+        "eval/val/questions.jsonl",
+        "eval/val/bank/references.jsonl",
+    ]
+    for name in (*same, "text/level4/rows/train.jsonl"):
+        assert (other / name).read_bytes() == (out / name).read_bytes()
+    tokens = other / "memory" / "level1" / "tokens"
+    assert ChunkReferences.open(
+        other / "memory" / "level1" / "references", tokens=tokens
+    ).chunk_tokens == 32  # fmt: skip
+    with pytest.raises(ConfigError, match="from other tokenizer "):
+        make_data(None, [prose], out=other, config=config)
+    with pytest.raises(DataError, match=r"no tokenizer.json in .*/nowhere: give"):
+        make_data(None, [prose], out=tmp_path / "x", config=config, tokenizer=tmp_path / "nowhere")
+
+
 def test_too_few_facts_are_said(tmp_path: Path) -> None:
     config = settings("bank_references=90000", "memory.level3.tokens=0")
     with pytest.raises(DataError, match="lower bank_references"):

@@ -127,6 +127,26 @@ def test_looks_do_not_change_what_is_learnt(data: Path, taught: Path, tmp_path: 
     assert weights(tmp_path) == weights(taught)
 
 
+def test_looks_hold_what_was_asked_for(data: Path, taught: Path, tmp_path: Path) -> None:
+    """Any ways, any memories where no stage makes any, and what a watcher adds."""
+    seen = []
+
+    def measure(model: Any) -> dict[str, float]:
+        seen.append((model.training, torch.is_grad_enabled()))
+        return {"draw": float(torch.rand(()))}
+
+    text_only = ("stages.memory1.steps=0", "stages.memory3.steps=0")
+    ways = ("probe.ways=[memory_2, none]", "probe.memory={tokens_per_head: 3}")
+    teach(data, tmp_path, *text_only, *ways, measure=measure)
+    looks = read_looks(tmp_path)
+    assert [look.step for look in looks] == [2, 4] and seen[0] == (False, False)
+    for look in looks:
+        assert list(look.exact) == ["memory_2", "none"] and look.kept == 3
+        assert look.num_questions == 7 and 0 <= look.also["draw"] < 1
+    model = "01-text1/model/model.safetensors"
+    assert (tmp_path / model).read_bytes() == (taught / model).read_bytes()
+
+
 def test_interrupted_it_ends_with_the_same_bits(
     data: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +285,8 @@ def test_other_data_are_refused(data: Path, taught: Path, tmp_path: Path) -> Non
         ("stages={}", "no stage has steps"),
         ("model.host.vocab_size=300", "raise model.host.vocab_size"),
         ("probe.references=1", "probe.references"),
+        ("probe.ways=[memory_0]", "probe.ways"),
+        ("probe.memory.layers=[7]", "memory layer 7 does not exist"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

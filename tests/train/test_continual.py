@@ -16,7 +16,7 @@ from strata.data.dataset import TokenDataset
 from strata.data.find_references import find_references
 from strata.data.loader import Loader
 from strata.data.references import ChunkReferences, ReferencesConfig
-from strata.errors import CheckpointError, DataError, StrataError
+from strata.errors import CheckpointError, ConfigError, DataError, StrataError
 from strata.train import Recipe, StepEvent, read_metrics, train
 from strata.train import loop as loop_module
 from strata.train.continual import References
@@ -141,6 +141,43 @@ def test_accumulating_is_one_larger_batch(recipe: MakeRecipe, tmp_path: Path) ->
         torch.testing.assert_close(found[1][1][name], grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_reach_how_memories_are_written_unless_detached(
+    recipe: MakeRecipe, tmp_path: Path, detach: bool
+) -> None:
+    """Tokens that stand in references or the marker alone get their gradient through these."""
+    options = ("memory=null", f"reading.detach={str(detach).lower()}")
+    training, feed = start(recipe(*options, f"run.dir={tmp_path / 'run'}"))
+    batch = feed.next_batch()
+    assert feed.references is not None
+    numbers = {n for n in batch["own_references"].flatten().tolist() if n >= 0}
+    told = [feed.references.text(n) for n in sorted(numbers)] + ["Reference:"]
+    read = {n for text in told for n in feed.tokenizer.encode(text, add_special_tokens=False)}
+    only_read = sorted(read - set(batch["input_ids"].flatten().tolist()))
+    assert len(only_read) > 3
+    loop_module.backward(training, [batch])
+    grads = training.model.get_input_embeddings().weight.grad
+    assert grads is not None and bool(grads.any())
+    assert bool(grads[only_read].any(1).all()) != detach
+    assert bool(grads[only_read].any()) != detach
+
+
+def test_a_chunk_may_read_what_the_one_before_asked_for(recipe: MakeRecipe, tmp_path: Path) -> None:
+    late = start(recipe("memory=null", "reading.query=previous", f"run.dir={tmp_path / 'late'}"))
+    training, feed = start(recipe("memory=null", f"run.dir={tmp_path / 'own'}"))
+    batch, same = late[1].next_batch(), feed.next_batch()
+    assert torch.equal(batch["input_ids"], same["input_ids"])
+    plain = {name: tensor.clone() for name, tensor in same.items()}
+    same["own_references"] = torch.nn.functional.pad(same["own_references"], (1, -1), value=-1)
+    with torch.no_grad():
+        losses = [
+            float(loop_module.summed_loss(run, given))
+            for run, given in ((late[0], batch), (training, same), (training, plain))
+        ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert abs(losses[0] - losses[2]) > 1e-4
+
+
 def test_compiled_it_is_the_same(recipe: MakeRecipe, tmp_path: Path) -> None:
     losses = []
     for compiled in ("false", "true"):
@@ -204,6 +241,10 @@ def test_what_is_wrong_is_said_in_one_line(
         train(recipe("model.host.attention_dropout=0.1"), progress=False, fresh=True)
     with pytest.raises(StrataError, match="memory layer 7 does not exist"):
         train(recipe("reading.memory.layers=[7]"), progress=False, fresh=True)
+    with pytest.raises(ConfigError, match=r"reading.query: Input should be 'own' or 'previous'"):
+        recipe("reading.query=next")
+    with pytest.raises(ConfigError, match=r"sequential .* data.document_mask"):
+        recipe("reading.memory.positions=sequential", "data.document_mask=true")
 
 
 def test_other_references_are_refused_on_resumption(

@@ -190,6 +190,7 @@ def _open(
         selector="all",
         reference_tokens=config.reference_tokens,
         marker=config.marker,
+        positions=config.positions,
     )
     encoder = Encoder(host, tokenizer, dense)
     return _Asker(options, BankSource(opened, retriever, encoder=encoder, from_text=True))

@@ -44,6 +44,12 @@ def create(
     layers: Annotated[
         str | None, typer.Option(help="memory layers, as 0,1,2; default: the first half")
     ] = None,
+    marker: Annotated[
+        str | None, typer.Option(help="text before each reference; default: the paper's")
+    ] = None,
+    positions: Annotated[
+        str, typer.Option(help="parallel or sequential: where memories stand when they are read")
+    ] = "parallel",
     device: DeviceOption = "auto",
 ) -> None:
     """Make an empty bank that belongs to one model."""
@@ -59,7 +65,8 @@ def create(
         "codec": codec,
         "reference_tokens": reference_tokens,
         "overlap_tokens": overlap_tokens,
-    }
+        "positions": positions,
+    } | ({} if marker is None else {"marker": marker})
     config = validate(ExplicitMemoryConfig, tree, origin="the bank's settings")
     opened = _open_model(model, config, device)
     encoder, fingerprint = opened.encoder, opened.fingerprint

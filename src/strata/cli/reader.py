@@ -30,6 +30,10 @@ def data(
         list[Path] | None,
         typer.Option(help="articles: file or folder, as for data prepare (repeatable)"),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="folder of one to use, as DATA/tokenizer; else one is trained"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Make the texts that the reader is taught with, its tokenizer, and its questions.
@@ -40,7 +44,7 @@ def data(
 
     config = read_settings(overrides or (), extract=questions is None)
     say = (lambda line: None) if as_json else print
-    report = make_data(questions, prose or (), out=out, config=config, say=say)
+    report = make_data(questions, prose or (), out=out, config=config, tokenizer=tokenizer, say=say)
     if as_json:
         print(json.dumps(asdict(report)))
 

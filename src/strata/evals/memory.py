@@ -286,6 +286,7 @@ def _way(name: str, model: PreTrainedModel, tokenizer: Any, bank: Bank) -> _Way:
         selector="all",
         reference_tokens=bank.settings.config.reference_tokens,
         marker=bank.settings.config.marker,
+        positions=bank.settings.config.positions,
     )
     encoder = Encoder(host, tokenizer, whole)
     kib = make_codec(whole.codec, encoder.shape).bytes_per_memory / 1024

@@ -7,8 +7,8 @@
     loss.backward()
 
 What is computed is what `attach` computes for a prompt: one softmax over the marker, the memories
-and the causal context, memories at parallel positions before the text. Here the memories belong to
-chunks counted from a row's first column, gradients flow through all of it, and nothing is searched.
+and the causal context, memories before the text. Here the memories belong to chunks counted from a
+row's first column, gradients flow through all of it, and nothing is searched.
 
 Shapes: b rows, t tokens of a row, c chunks of a row, r references that a chunk reads, n memories,
 s memory heads of all layers, g memory heads of a layer, k KV heads, p tokens kept, m tokens of the
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from strata.explicit.attach.fetch import AttachError
+from strata.explicit.attach.pieces import Query
 from strata.explicit.attach.placing import marker_states
 from strata.explicit.encode import marker_ids
 from strata.explicit.host import Host
@@ -58,6 +59,7 @@ class Reading:
     Chunk j of a row reads its own reference and those of the `reach - 1` chunks before it. Chunks
     without any attend plainly, bit for bit where the decoder's attention is sdpa. Text counts its
     positions from 0, in each document anew where it restarts; padding stands on the right.
+    At sequential positions a chunk's own reference stands first, as the best hit does in `attach`.
 
     The backward pass may run inside the block or after it, also with activation checkpointing (not
     the reentrant kind). One object serves all steps of a run; it holds no weights.
@@ -68,6 +70,8 @@ class Reading:
         config: the settings that the memories are encoded with.
         chunk_tokens: tokens of a chunk.
         reach: how many chunks' references a chunk reads, its own included.
+        query: "previous": a chunk reads what was found with the one before it, so the references
+            of the `reach` chunks before it and not its own.
 
     Attributes:
         host: the decoder.
@@ -89,6 +93,7 @@ class Reading:
         *,
         chunk_tokens: int = 64,
         reach: int = 5,
+        query: Query = "own",
     ) -> None:
         for name, given in (("chunk_tokens", chunk_tokens), ("reach", reach)):
             if given < 1:
@@ -98,7 +103,9 @@ class Reading:
         self.marker_ids = marker_ids(tokenizer, config.marker)
         self.chunk_tokens = chunk_tokens
         self.reach = reach
+        self.query = query
         self.reference_tokens = config.reference_tokens
+        self.positions = config.positions
         self._read: _Read | None = None
         self._again = False
 
@@ -116,6 +123,7 @@ class Reading:
         Raises:
             AttachError: memories of another shape, no such memory, or, from the forward pass,
                 another number of rows or chunks, a cache that holds tokens, attention dropout.
+                Documents at sequential positions.
         """
         if documents is not None:
             b, c = own_bc.shape
@@ -127,8 +135,9 @@ class Reading:
                     f"documents of {tuple(documents.of_chunks_bc.shape)} chunks and "
                     f"{tuple(tokens)} tokens do not fit own_bc of {b} rows and {c} chunks"
                 )
-        own_bc = own_bc.to(self.host.device)
-        index_bcr = _before(own_bc, self.reach, fill=-1)
+        index_bcr = self._within_reach(own_bc)
+        if self.positions == "sequential":
+            index_bcr = index_bcr.flip(-1)
         held_bcnr = None if documents is None else self._asked(documents, own_bc.shape[1])
         with self._of_chunks(memories, index_bcr, held_bcnr, shared=False):
             yield
@@ -140,10 +149,11 @@ class Reading:
 
         Args:
             memories: n of them, on the decoder's device; with a graph where gradients are wanted.
-            index_bcr: int64, which memories a chunk reads; -1 for none. c may be 1: all chunks of a
-                row read the same, and nothing is copied for each.
+            index_bcr: int64, which memories a chunk reads, best first; -1 for none. c may be 1: all
+                chunks of a row read the same, and nothing is copied for each.
             held_bcnr: bool, which of them each token of a chunk reads, each dimension 1 or of its
-                size (n: chunk_tokens); None for all.
+                size (n: chunk_tokens); None for all. Not at sequential positions, which are a
+                chunk's.
 
         Raises:
             AttachError: memories of another shape, no such memory, or, from the forward pass,
@@ -162,6 +172,11 @@ class Reading:
                 f"({len(self.shape.heads)}, {self.shape.tokens}, {self.shape.head_dim}): encode "
                 "them with the same settings"
             )
+        if held_bcnr is not None and self.positions == "sequential":
+            raise AttachError(
+                "at sequential positions all tokens of a chunk read the same memories: let them do "
+                "so, or set positions to parallel"
+            )
         # The one look at numbers: without it a wrong index would end a process on a GPU.
         if index_bcr.numel():
             least, most = int(index_bcr.min()), int(index_bcr.max())
@@ -179,10 +194,16 @@ class Reading:
             stack.enter_context(self._reads(read, again=False))
             yield
 
+    def _within_reach(self, states_bc: Tensor) -> Tensor:
+        """(b, c, reach): of each chunk those of the chunks it reads from, the nearest last."""
+        late = int(self.query == "previous")
+        states_bc = F.pad(states_bc.to(self.host.device), (self.reach - 1 + late, -late), value=-1)
+        return states_bc.unfold(1, self.reach, 1)
+
     def _asked(self, documents: Documents, chunks: int) -> Tensor:
         """(b, c, n, reach): whether a token's document asked for what its chunk may read."""
         n, device = self.chunk_tokens, self.host.device
-        asked_bcr = _before(documents.of_chunks_bc.to(device), self.reach, fill=-1)
+        asked_bcr = self._within_reach(documents.of_chunks_bc)
         asks_bt = documents.of_tokens_bt.to(device)
         asks_bt = F.pad(asks_bt, (0, chunks * n - asks_bt.shape[1]), value=-1)
         return asks_bt.unflatten(1, (-1, n))[..., None] == asked_bcr[:, :, None]
@@ -298,6 +319,15 @@ class _Read:
         self._held_bcnr = (index_bcr >= 0)[:, :, None]
         if held_bcnr is not None:
             self._held_bcnr = self._held_bcnr & held_bcnr.to(index_bcr.device)
+        # Positions of each memory's first token, None where one interval serves all.
+        self._at_bcr: Tensor | None = None
+        intervals_bc1 = index_bcr.new_ones(1, 1, 1)
+        if reading.positions == "sequential":
+            reads_bcr = index_bcr >= 0
+            intervals_bc1 = reads_bcr.sum(-1, keepdim=True)
+            self._at_bcr = reads_bcr.cumsum(-1) - 1 - intervals_bc1
+            self._at_bcr *= reading.reference_tokens
+        self._marker_ends_bc1 = -intervals_bc1 * reading.reference_tokens
         # One who reads nothing does not see the marker either.
         self._any_bcn1 = self._held_bcnr.any(-1, keepdim=True)
         self._heads = {
@@ -357,8 +387,8 @@ class _Read:
     def _place_marker(self, layer: int, query: Tensor, position_ids: Tensor | None) -> _Layer:
         key_kmd, value_kmd = self._marker[layer]
         m = key_kmd.shape[1]
-        at_m = torch.arange(-m, 0, device=query.device) - self._reading.reference_tokens
-        key_kmd = self._host.rotate(layer, key_kmd, at_m)
+        at_bcm = self._marker_ends_bc1 + torch.arange(-m, 0, device=query.device)
+        key_bckmd = self._host.rotate(layer, key_kmd, at_bcm[:, :, None])
         held_bcknm = self._any_bcn1[:, :, None].expand(-1, -1, -1, -1, m)
         window = self._host.window(layer)
         if window is not None:
@@ -366,27 +396,37 @@ class _Read:
             if position_ids is None:
                 position_ids = torch.arange(t, device=query.device)[None]
             position_ids = F.pad(position_ids, (0, -t % n))
-            away_bcnm = position_ids.unflatten(1, (-1, n))[..., None] - at_m
+            away_bcnm = position_ids.unflatten(1, (-1, n))[..., None] - at_bcm[:, :, None]
             held_bcknm = held_bcknm & (away_bcnm < window)[:, :, None]
         dtype = query.dtype
-        return _Layer(key_kmd.to(dtype)[None, None], value_kmd.to(dtype)[None, None], held_bcknm)
+        value_bckmd = value_kmd.to(dtype).expand(*key_bckmd.shape)
+        return _Layer(key_bckmd.to(dtype), value_bckmd, held_bcknm)
 
     def _place_memories(self, layer: int) -> _Layer:
         numbers, heads = self._heads[layer]
         memories, part = self._memories, slice(numbers[0], numbers[-1] + 1)
         p, k = memories.places_nst.shape[2], self._host.num_kv_heads
-        at_ngp = memories.places_nst[:, part].long() - self._reading.reference_tokens
-        keys_ngpd = self._host.rotate(layer, memories.keys_nstd[:, part], at_ngp)
-        held_np = torch.arange(p, device=at_ngp.device) < memories.kept_n[:, None]
+        places_ngp = memories.places_nst[:, part].long()
+        keys_ngpd = memories.keys_nstd[:, part]
+        if self._at_bcr is None:
+            at_ngp = places_ngp - self._reading.reference_tokens
+            keys_ngpd = self._host.rotate(layer, keys_ngpd, at_ngp).to(self._host.dtype)
+            keys_bckmd = self._by_chunk(keys_ngpd, heads)
+        else:  # the same memory stands elsewhere for other chunks
+            at_bckm = self._by_chunk(places_ngp[..., None], heads)[..., 0]
+            at_bckm = at_bckm + self._at_bcr.repeat_interleave(p, -1)[:, :, None]
+            keys_bckmd = self._by_chunk(keys_ngpd, heads)
+            keys_bckmd = self._host.rotate(layer, keys_bckmd, at_bckm).to(self._host.dtype)
+        held_np = torch.arange(p, device=places_ngp.device) < memories.kept_n[:, None]
         held_bcrp = held_np[self._index_bcr]
         held_bcnrp = self._held_bcnr[..., None] & held_bcrp[:, :, None]
         held_bcknm = held_bcnrp.flatten(3)[:, :, None]
         if len(heads) < k:
-            has_k = torch.zeros(k, dtype=torch.bool, device=at_ngp.device)
+            has_k = torch.zeros(k, dtype=torch.bool, device=places_ngp.device)
             has_k[heads] = True
             held_bcknm = held_bcknm & has_k[:, None, None]
         return _Layer(
-            self._by_chunk(keys_ngpd.to(self._host.dtype), heads),
+            keys_bckmd,
             self._by_chunk(memories.values_nstd[:, part].to(self._host.dtype), heads),
             held_bcknm,
         )
@@ -424,11 +464,6 @@ def _filled(
         if held_bcnr is not None and held_bcnr.shape[3] > 1:
             held_bcnr = held_bcnr[..., columns.to(held_bcnr.device)]
     return memories, index_bcr, held_bcnr
-
-
-def _before(states_bc: Tensor, reach: int, *, fill: int) -> Tensor:
-    """(b, c, reach): of each chunk those of the chunks before it, its own last."""
-    return F.pad(states_bc, (reach - 1, 0), value=fill).unfold(1, reach, 1)
 
 
 def _forward() -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from strata.config import FrozenConfig
 
 MARKER = "<s>Reference:"
+
+Positions = Literal["parallel", "sequential"]
 
 
 class ExplicitMemoryConfig(FrozenConfig):
@@ -26,6 +29,9 @@ class ExplicitMemoryConfig(FrozenConfig):
         overlap_tokens: tokens that a reference repeats of the one before it; whole sentences only.
         marker: text before each reference; a leading "<s>" stands for the tokenizer's own
             beginning-of-sequence token, and is left out where it has none.
+        positions: where memories stand when they are read: "parallel", all in the one interval of
+            `reference_tokens` positions before the text; "sequential", in one interval each, best
+            first. Nothing that is stored depends on it; a decoder reads as it was trained to.
 
     Source: "Memory3" (arXiv 2407.01178), section 3.
     """
@@ -38,6 +44,7 @@ class ExplicitMemoryConfig(FrozenConfig):
     reference_tokens: int = Field(default=128, ge=8, le=4096)
     overlap_tokens: int = Field(default=0, ge=0)
     marker: str = MARKER
+    positions: Positions = "parallel"
 
     @model_validator(mode="after")
     def _check(self) -> ExplicitMemoryConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Look:
         contains: share of answers that hold an accepted one.
         num_questions: asked in each way.
         wall_s: of the look.
+        also: further numbers of whoever watches.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Look:
     contains: dict[str, float]
     num_questions: int
     wall_s: float
+    also: dict[str, float] = field(default_factory=dict)
 
 
 def read_looks(out: Path) -> list[Look]:

@@ -1,7 +1,7 @@
 """From questions and articles to everything that the reader is taught and asked with.
 
 OUT/made_from.yaml                the settings, and the sources
-OUT/tokenizer/                    trained on the texts
+OUT/tokenizer/                    trained on the texts, or the one that was given
 OUT/text/LEVEL/tokens/            stage 1, prepared: references stand in the text
 OUT/memory/LEVEL/tokens/          stage 2, prepared: references are memories
 OUT/memory/LEVEL/references/      and those
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ class _MadeFrom(FrozenConfig):
     questions: tuple[SourceEntry, ...]
     prose: tuple[SourceEntry, ...]
     settings: ReaderData
+    tokenizer: str | None = None  # sha256 of the one that was given
 
 
 def read_settings(overrides: Sequence[str] = (), *, extract: bool = False) -> ReaderData:
@@ -111,6 +113,7 @@ def make_data(
     *,
     out: Path,
     config: ReaderData,
+    tokenizer: Path | None = None,
     say: Say = lambda line: None,
 ) -> DataReport:
     """Make all texts, a folder at a time; finished folders of the same settings are kept.
@@ -122,6 +125,8 @@ def make_data(
             facts alone.
         out: the folder to make.
         config: how.
+        tokenizer: a folder of `strata reader data` or `strata tokenizer train`, for texts that a
+            trained model should read; None trains one.
         say: told what was done, a line a folder.
 
     Raises:
@@ -135,6 +140,7 @@ def make_data(
         questions=tuple(file.entry for file in question_files(questions)),
         prose=tuple(file.entry for file in articles),
         settings=config,
+        tokenizer=None if tokenizer is None else _tokenizer_sha256(tokenizer),
     )
     splits, left_out = _read_splits(questions, config)
     _keep_origin(out, made_from)
@@ -144,7 +150,7 @@ def make_data(
     )
     avoid = Names({fact.subject for fact in (*splits.val, *splits.test)})
     maker = _Maker(out, config, splits, Prose(articles, avoid=avoid, seed=config.seed))
-    maker.tokenizer()
+    maker.tokenizer(tokenizer)
     folders = {}
     for stage, name, level in _levels(config):
         folders[f"{stage}/{name}"] = made = maker.folder(stage, name, level)
@@ -177,6 +183,15 @@ def _read_splits(questions: Path | None, config: ReaderData) -> tuple[EntitySpli
         if not getattr(splits, name):
             raise DataError(f"no facts for {name}: give more questions, or a larger val_share")
     return splits, left_out
+
+
+def _tokenizer_sha256(folder: Path) -> str:
+    try:
+        return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    except OSError:
+        raise DataError(
+            f"no tokenizer.json in {folder}: give the folder of a tokenizer, as DATA/tokenizer"
+        ) from None
 
 
 def _levels(config: ReaderData) -> Iterator[tuple[str, str, Level]]:
@@ -218,10 +233,16 @@ class _Maker:
         self._fillers: dict[str, list[str]] = {}
         self._count: Count = _guess
 
-    def tokenizer(self) -> None:
-        """Train the tokenizer on rows of every level, unless it is there."""
+    def tokenizer(self, given: Path | None) -> None:
+        """Take the given tokenizer, or train one on rows of every level, unless it is there."""
         folder = self._out / "tokenizer"
-        if not folder.exists():
+        if not folder.exists() and given is not None:
+            temporary = folder.with_name("tokenizer.tmp")
+            with storage_errors(folder):
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copytree(given, temporary)
+                temporary.rename(folder)
+        elif not folder.exists():
             sample = self._out / "tokenizer-rows.jsonl"
             with _replacing(sample) as file:
                 for stage, name, level in _levels(self._config):

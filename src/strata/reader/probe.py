@@ -4,6 +4,7 @@
     text_1, memory_1  given the one reference that answers, as text or as a memory
     text_5, memory_5  given that one among others, drawn once (five in all by default)
 
+Other numbers of references are asked with `ways`.
 Nothing is searched for: the question is whether what is given is read.
 """
 
@@ -59,10 +60,15 @@ class Probe:
         # Others are what other questions ask for: few texts to encode at each look.
         self._pool = list(dict.fromkeys(self._sources))
 
+    @property
+    def num_questions(self) -> int:
+        """Asked in each way."""
+        return len(self._questions)
+
     def ask(
         self, model: PreTrainedModel, tokenizer: Any, memory: ExplicitMemoryConfig | None
     ) -> dict[str, OpenRecallResult]:
-        """Ask all questions in every way, greedily.
+        """Ask all questions in each of the config's ways, greedily.
 
         Args:
             model, tokenizer: whom.
@@ -72,23 +78,29 @@ class Probe:
             DataError: a prompt does not fit the model's context, or a reference is too long.
             HostError: the model cannot have memory, or not as asked.
         """
-        answers = {"none": self._answers(model, tokenizer, self._questions)}
-        numbers = (1, self._config.references)
-        for number in numbers:
-            given = [self._given(place, number) for place in range(len(self._questions))]
-            prompts = [
-                replace(q, prompt="\n\n".join([*(self._texts[name] for name in names), q.prompt]))
-                for q, names in zip(self._questions, given, strict=True)
-            ]
-            answers[f"text_{number}"] = self._answers(model, tokenizer, prompts)
-        if memory is None:
-            return answers
-        encoder = Encoder(Host(model), tokenizer, memory)
-        memories = encoder.encode([self._texts[name] for name in self._pool])
-        for number in numbers:
-            with self._reading(model, tokenizer, memory, memories, number):
-                answers[f"memory_{number}"] = self._alike(model, tokenizer)
+        answers: dict[str, OpenRecallResult] = {}
+        memories: Memories | None = None
+        for way in self._config.asked:
+            kind, _, number = way.partition("_")
+            if kind == "none":
+                answers[way] = self._answers(model, tokenizer, self._questions)
+            elif kind == "text":
+                answers[way] = self._answers(model, tokenizer, self._prompts(int(number)))
+            elif memory is not None:
+                if memories is None:
+                    encoder = Encoder(Host(model), tokenizer, memory)
+                    memories = encoder.encode([self._texts[name] for name in self._pool])
+                with self._reading(model, tokenizer, memory, memories, int(number)):
+                    answers[way] = self._alike(model, tokenizer)
         return answers
+
+    def _prompts(self, number: int) -> list[Question]:
+        """The questions behind the text of their references."""
+        given = [self._given(place, number) for place in range(len(self._questions))]
+        return [
+            replace(q, prompt="\n\n".join([*(self._texts[name] for name in names), q.prompt]))
+            for q, names in zip(self._questions, given, strict=True)
+        ]
 
     def _answers(
         self, model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question]

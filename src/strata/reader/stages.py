@@ -37,6 +37,7 @@ _OF_STAGES = (
     "run.dir",
     "run.steps",
 )
+Way = Annotated[str, Field(pattern=r"^(none|(text|memory)_([1-9]|[1-5]\d|6[0-4]))$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$", max_length=32)]
 
 
@@ -83,6 +84,8 @@ class ProbeConfig(FrozenConfig):
         every: steps between two looks; None looks at a stage's end only.
         questions: the first so many of the validation questions.
         references: how many are given where others stand beside the one that answers.
+        ways: which are asked, as `none`, `text_3`, `memory_10`; None for the five of `probe`.
+        memory: what references become, whatever the stages make of them; None for what these do.
         answer_tokens: longest answer.
         batch_size: questions asked at once.
     """
@@ -90,8 +93,17 @@ class ProbeConfig(FrozenConfig):
     every: PositiveInt | None = 500
     questions: PositiveInt = 200
     references: int = Field(default=5, ge=2, le=64)
+    ways: tuple[Way, ...] | None = Field(default=None, min_length=1)
+    memory: ExplicitMemoryConfig | None = None
     answer_tokens: PositiveInt = 12
     batch_size: PositiveInt = 25
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The ways to ask, in order."""
+        several = self.references
+        five = ("none", "text_1", f"text_{several}", "memory_1", f"memory_{several}")
+        return five if self.ways is None else self.ways
 
 
 class ReaderTraining(FrozenConfig):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from strata.explicit.host import Host
 from strata.models import build, load
 from strata.reader.curves import PICTURE_NAME, Look, add_look, read_looks, save_curves
 from strata.reader.probe import Probe
-from strata.reader.stages import Planned, ReaderTraining, memory_of, plan_stages
+from strata.reader.stages import Planned, ProbeConfig, ReaderTraining, memory_of, plan_stages
 from strata.train import Recipe, StepEvent, train
 from strata.train.checkpoint import CheckpointFolder
 from strata.train.metrics import read_metrics
@@ -46,6 +46,7 @@ _SHARED = (
 )  # fmt: skip
 
 Say = Callable[[str], None]
+Measure = Callable[[PreTrainedModel], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def train_reader(
     for_s: float | None = None,
     say: Say = lambda line: None,
     progress: bool = True,
+    measure: Measure | None = None,
 ) -> ReaderResult:
     """Teach the reader, from wherever an earlier call with the same settings left it.
 
@@ -84,6 +86,7 @@ def train_reader(
         for_s: stop after about so many seconds, saved; a look begun is finished first.
         say: told of stages and looks, a line each.
         progress: show progress of each run on stderr.
+        measure: gives further numbers of the model at each look; changes nothing of it.
 
     Raises:
         ConfigError: the settings do not fit each other, or what is in `out` already.
@@ -107,7 +110,7 @@ def train_reader(
     with storage_errors(out):
         (out / STAGES_NAME).write_text(dump_yaml(config), encoding="utf-8")
 
-    reader = _Reader(plan, out, probe, tokenizer, config.probe.every, say)
+    reader = _Reader(plan, out, probe, tokenizer, config.probe, say, measure)
     for stage in plan:
         if not stage.finished:
             left_s = None if for_s is None else max(0.0, for_s - (time.monotonic() - begin_s))
@@ -130,12 +133,14 @@ class _Reader:
         out: Path,
         probe: Probe,
         tokenizer: Any,
-        every: int | None,
+        config: ProbeConfig,
         say: Say,
+        measure: Measure | None,
     ) -> None:
         self._plan, self._out = plan, out
         self._probe, self._tokenizer = probe, tokenizer
-        self._every, self._say = every, say
+        self._every, self._memory = config.every, config.memory
+        self._say, self._measure = say, measure
 
     def watch(self, stage: Planned) -> Callable[[StepEvent], None]:
         """An observer of a stage's run that looks now and then; not at its end."""
@@ -170,8 +175,9 @@ class _Reader:
 
     def _look(self, stage: Planned, step: int, model: PreTrainedModel, loss: float | None) -> None:
         begin_s = time.perf_counter()
-        memory = memory_of(self._plan, stage.number)
+        memory = self._memory or memory_of(self._plan, stage.number)
         answers = self._probe.ask(model, self._tokenizer, memory)
+        also = {} if self._measure is None else dict(self._measure(model))
         kept = None if memory is None else Host(model).memory_shape(memory).tokens
         look = Look(
             number=stage.number,
@@ -182,8 +188,9 @@ class _Reader:
             kept=kept,
             exact={way: result.exact for way, result in answers.items()},
             contains={way: result.contains for way, result in answers.items()},
-            num_questions=len(answers["none"].answers),
+            num_questions=self._probe.num_questions,
             wall_s=round(time.perf_counter() - begin_s, 2),
+            also=also,
         )
         add_look(self._out, look)
         save_curves(read_looks(self._out), self._out / PICTURE_NAME)
@@ -215,11 +222,12 @@ def _check_data(data: Path, plan: Sequence[Planned]) -> Any:
 
 
 def _check_model(config: ReaderTraining, plan: Sequence[Planned], tokenizer: Any) -> None:
-    """See that every stage's memories fit the model, before hours go into the first one."""
+    """See that all memories fit the model, before hours go into the first stage."""
     model = build(config.model, config.memory, device="meta")
-    for stage in plan:
-        if stage.memory is not None:
-            Encoder(Host(model), tokenizer, stage.memory)
+    memories = [config.probe.memory, *(stage.memory for stage in plan)]
+    for memory in memories:
+        if memory is not None:
+            Encoder(Host(model), tokenizer, memory)
 
 
 def _require_same_stages(out: Path, plan: Sequence[Planned]) -> None:

@@ -1,14 +1,15 @@
 """Continual training: references are found for a batch, encoded within the step, and read.
 
-The encoding is part of the step's graph, so the decoder learns to write memories and to read them
-at once. It runs under the same precision as the forward pass, in one pass for a micro-batch.
+The encoding is part of the step's graph (unless `detach` is set), so the decoder learns to write
+memories and to read them at once. It runs under the same precision as the forward pass, in one pass
+for a micro-batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ class ContinualReading:
         document_mask: bool,
     ) -> None:
         self._references = references
-        self._batch_size = config.encode_batch
+        self._batch_size, self._detach = config.encode_batch, config.detach
         self._document_mask = document_mask
         self._encoder = Encoder(Host(model), tokenizer, config.memory)
         self._reading = Reading(
@@ -130,6 +131,7 @@ class ContinualReading:
             config.memory,
             chunk_tokens=references.chunk_tokens,
             reach=config.reach,
+            query=config.query,
         )
 
     @contextmanager
@@ -149,11 +151,14 @@ class ContinualReading:
             yield
             return
         texts = [self._references.text(number) for number in numbers.tolist()]
-        memories = self._encoder.encode(
-            texts, batch_size=self._batch_size, with_grad=torch.is_grad_enabled()
-        )
         index_bc = torch.full_like(own_bc, -1)
         index_bc[own_bc >= 0] = places
         documents = Documents(of_tokens_bt, of_chunks_bc) if self._document_mask else None
-        with self._reading(memories, index_bc, documents=documents):
+        with_grad = torch.is_grad_enabled() and not self._detach
+        with ExitStack() as stack:
+            with torch.set_grad_enabled(with_grad):  # entering reads the marker, too
+                memories = self._encoder.encode(
+                    texts, batch_size=self._batch_size, with_grad=with_grad
+                )
+                stack.enter_context(self._reading(memories, index_bc, documents=documents))
             yield

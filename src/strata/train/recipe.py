@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from strata.config import FrozenConfig
 from strata.data.loader import LoaderConfig
 from strata.errors import ConfigError
+from strata.explicit.attach.pieces import Query
 from strata.explicit.settings import ExplicitMemoryConfig
 from strata.layers import MemoryLayerConfig
 from strata.models import ModelConfig
@@ -81,7 +82,11 @@ class ReadingConfig(FrozenConfig):
         references: a folder written by `strata data references` for this data.
         memory: what a reference becomes; the settings to write the model's banks with.
         reach: how many chunks' references a chunk reads, its own included.
+        query: "own": what was found with a chunk's text is read from its first token on;
+            "previous": it is read by the next chunk, as where text is generated. `attach` reads
+            prompts so with `prompt_query`.
         encode_batch: references encoded at once.
+        detach: no gradients to how memories are written: they are then constants, as a bank's.
 
     Source: "Memory3" (arXiv 2407.01178), section 3.5.
     """
@@ -89,7 +94,9 @@ class ReadingConfig(FrozenConfig):
     references: Path
     memory: ExplicitMemoryConfig = Field(default_factory=ExplicitMemoryConfig)
     reach: int = Field(default=5, ge=1, le=1024)
+    query: Query = "own"
     encode_batch: PositiveInt = 32
+    detach: bool = False
 
 
 class RunConfig(FrozenConfig):
@@ -199,6 +206,16 @@ class Recipe(FrozenConfig):
                 f"data.document_mask with model.attn_implementation="
                 f"{self.model.attn_implementation} isolates documents at data.batch_size 1 only: "
                 "set that, or attn_implementation=sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_read_in_parallel(self) -> Recipe:
+        sequential = self.reading is not None and self.reading.memory.positions == "sequential"
+        if self.data.document_mask and sequential:
+            raise ValueError(
+                "reading.memory.positions=sequential counts the memories of a chunk, of which "
+                "data.document_mask lets its documents read different ones: change one of the two"
             )
         return self
 

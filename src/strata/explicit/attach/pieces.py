@@ -2,14 +2,19 @@
 
 A prompt is cut into pieces of `chunk` tokens counted from its end, so that the rows of a
 left-padded batch share borders and padding moves none. Each piece reads what was found for its own
-text; the first `chunk` generated tokens read what the prompt's last piece reads; then every `chunk`
-generated tokens ask for those that follow.
+text; the first `chunk` generated tokens read what the prompt's last piece asked for; then every
+`chunk` generated tokens ask for those that follow. Or each piece of the prompt, too, reads what was
+found for the piece before it, as if it had been generated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
+
+Query = Literal["own", "previous"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,38 @@ class Piece:
     stop: int
 
 
-def prompt_pieces(first: int, end: int, chunk: int) -> list[Piece]:
-    """The pieces of a prompt in columns [first, end); the first may be short."""
+def prompt_pieces(first: int, end: int, chunk: int, *, query: Query = "own") -> list[Piece]:
+    """The pieces of a prompt in columns [first, end); the first may be short.
+
+    Args:
+        first, end: columns of the prompt.
+        chunk: tokens in a piece.
+        query: "previous": each asks with the text of the one before it, the first with none.
+    """
     borders = [*range(end, first, -chunk), first][::-1]
-    return [Piece((a, b), a, b) for a, b in pairwise(borders)]
+    pieces = [Piece((a, b), a, b) for a, b in pairwise(borders)]
+    if query == "own":
+        return pieces
+    asked = [(first, first), *(piece.query for piece in pieces[:-1])]
+    return [replace(piece, query=span) for piece, span in zip(pieces, asked, strict=True)]
+
+
+def with_first_generated(
+    pieces: Sequence[Piece], chunk: int, *, query: Query = "own"
+) -> list[Piece]:
+    """The pieces of a prompt, and the first `chunk` generated tokens, which ask with its last one.
+
+    Where that one asks for itself, too, it is lengthened; else they are a piece of their own.
+
+    Args:
+        pieces: of the prompt, at least one, asked for as `query` says.
+        chunk: tokens in a piece.
+        query: as in `prompt_pieces`.
+    """
+    *others, last = pieces
+    if query == "own":
+        return [*others, replace(last, stop=last.stop + chunk)]
+    return [*pieces, Piece((last.start, last.stop), last.stop, last.stop + chunk)]
 
 
 def generated_piece(first: int, end: int, number: int, chunk: int, ahead: int) -> Piece:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from strata.explicit.attach.layer_memory import LayerMemory
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories, MemoryShape
+from strata.explicit.settings import Positions
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Placer:
         shape: of its memories.
         marker: token ids; may be empty.
         reference_tokens: the interval of positions that a memory takes.
-        positions: "parallel" or "sequential" (see `Preset`).
+        positions: see `ExplicitMemoryConfig`.
 
     Attributes:
         groups: layers that are placed in one go, since they hold as many heads and turn alike; a
@@ -57,7 +58,7 @@ class Placer:
         *,
         marker: Sequence[int],
         reference_tokens: int,
-        positions: Literal["parallel", "sequential"],
+        positions: Positions,
     ) -> None:
         self.host = host
         self.shape = shape

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedModel
 
 from strata.explicit.attach.fetch import AttachError
 from strata.explicit.host import Host
-from strata.explicit.settings import ExplicitMemoryConfig
+from strata.explicit.settings import ExplicitMemoryConfig, Positions
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Preset:
 
     Attributes:
         positions: "parallel": all memories of a piece share the interval of `reference_tokens`
-            positions before the text; "sequential": one interval each, best hit first.
+            positions before the text; "sequential": one interval each, best hit first; None: as
+            the settings that the memories were written with say.
         temperature: above 0; below 1 sharpens attention among the memories.
         scale: above 0; below 1 lessens what the memories weigh together where their log-sum-exp
             is positive.
@@ -38,7 +38,7 @@ class Preset:
         AttachError: a temperature or scale of 0 or less, or other positions.
     """
 
-    positions: Literal["parallel", "sequential"] = "parallel"
+    positions: Positions | None = None
     temperature: float = 1.0
     scale: float = 1.0
     selector: str = "attention"
@@ -48,7 +48,7 @@ class Preset:
         for name in ("temperature", "scale"):
             if not getattr(self, name) > 0:
                 raise AttachError(f"{name} must be above 0, given {getattr(self, name)}")
-        if self.positions not in ("parallel", "sequential"):
+        if self.positions not in (None, "parallel", "sequential"):
             raise AttachError(f"positions are parallel or sequential, given {self.positions!r}")
 
     def config(self, model: PreTrainedModel) -> ExplicitMemoryConfig:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from strata.explicit.attach.fetch import AttachError, Fetched, Fetcher, FoundHit, Statistics, Window
-from strata.explicit.attach.pieces import Piece, generated_piece, prompt_pieces, stretches
+from strata.explicit.attach.pieces import (
+    Piece,
+    Query,
+    generated_piece,
+    prompt_pieces,
+    stretches,
+    with_first_generated,
+)
 from strata.explicit.attach.placing import Placer, RowMemories
 from strata.explicit.attach.reader import PieceMemory, Plan, Reader
 from strata.explicit.memories import Memories
@@ -90,6 +97,7 @@ class Refresher:
     Args:
         reader, placer, fetcher, statistics: of the session.
         chunk_tokens: tokens of a piece.
+        prompt_query: whose text the pieces of a prompt ask with.
         prefetch_tokens: how many tokens before a border the query for it ends; 0 searches at the
             border, more searches on a thread meanwhile.
         top_k: memories of a piece, at most; the room kept for them while decoding.
@@ -104,6 +112,7 @@ class Refresher:
         statistics: Statistics,
         *,
         chunk_tokens: int,
+        prompt_query: Query,
         prefetch_tokens: int,
         top_k: int,
         used: list[Used],
@@ -113,6 +122,7 @@ class Refresher:
         self._fetcher = fetcher
         self._statistics = statistics
         self._chunk = chunk_tokens
+        self._query = prompt_query
         self._prefetch = prefetch_tokens
         self._top_k = top_k
         self._used = used
@@ -159,14 +169,18 @@ class Refresher:
         else:  # without position ids a forward call counts columns
             origins = torch.tensor(firsts)
         tokens = ids_bt.tolist()
-        pieces = [prompt_pieces(a, b, self._chunk) for a, b in zip(firsts, ends, strict=True)]
+        pieces = [
+            prompt_pieces(a, b, self._chunk, query=self._query)
+            for a, b in zip(firsts, ends, strict=True)
+        ]
+        if generating:
+            pieces = [
+                with_first_generated(parts, self._chunk, query=self._query) for parts in pieces
+            ]
         windows = [
             [tuple(row[slice(*piece.query)]) for piece in parts]
             for row, parts in zip(tokens, pieces, strict=True)
         ]
-        if generating:
-            for parts in pieces:
-                parts[-1] = replace(parts[-1], stop=parts[-1].stop + self._chunk)
         self._take(self._fetcher.fetch(w for row in windows for w in row))
         call = self._calls
         self._calls += 1

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from strata.errors import BankError
 from strata.explicit.attach import presets
 from strata.explicit.attach.fetch import AttachError, Fetcher, Source, Statistics, Window
+from strata.explicit.attach.pieces import Query
 from strata.explicit.attach.placing import Placer
 from strata.explicit.attach.presets import Preset
 from strata.explicit.attach.reader import Reader
@@ -226,6 +227,7 @@ def attach(
     preset: Preset = presets.PAPER,
     top_k: int = 5,
     chunk_tokens: int = 64,
+    prompt_query: Query = "own",
     prefetch_tokens: int = 0,
     min_score: float | None = None,
 ) -> Iterator[Session]:
@@ -249,6 +251,9 @@ def attach(
         preset: how memories are read (see `presets`).
         top_k: memories for a piece, at most.
         chunk_tokens: tokens between two refreshes, at least 1.
+        prompt_query: "previous" lets each piece of a prompt read what was found for the piece
+            before it, and the first one nothing: for decoders trained with `reading.query` so.
+            Generated tokens read what those before them find in any case.
         prefetch_tokens: 0 searches at each border, with all tokens before it, as the paper does;
             k > 0 searches on a thread with the `chunk_tokens` tokens that end k before the border,
             while those k are generated. Outputs are the same at every run either way, but differ
@@ -267,6 +272,8 @@ def attach(
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     _check(model, top_k=top_k, chunk_tokens=chunk_tokens, prefetch_tokens=prefetch_tokens)
+    if prompt_query not in ("own", "previous"):
+        raise AttachError(f"prompt_query is own or previous, given {prompt_query!r}")
     with ExitStack() as stack:
         if isinstance(source, Bank):
             source = BankSource.of(source, model, tokenizer)
@@ -296,7 +303,7 @@ def attach(
             shape,
             marker=marker,
             reference_tokens=config.reference_tokens,
-            positions=preset.positions,
+            positions=preset.positions or config.positions,
         )
         refresher = Refresher(
             reader,
@@ -304,6 +311,7 @@ def attach(
             fetcher,
             stats,
             chunk_tokens=chunk_tokens,
+            prompt_query=prompt_query,
             prefetch_tokens=prefetch_tokens,
             top_k=top_k,
             used=used,
