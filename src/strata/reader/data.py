@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from strata.config import FrozenConfig, dump_yaml, load_config
 from strata.data.facts.entities import (
@@ -41,12 +42,13 @@ from strata.data.sources import SourceEntry, find_sources
 from strata.data.tokenizer import train_tokenizer
 from strata.data.write_references import write_references
 from strata.errors import ConfigError, DataError
+from strata.reader.countries import Articles, CountryWriter, read_articles
 from strata.reader.draw import Draw
 from strata.reader.evaluation import write_evaluation
 from strata.reader.prose import Prose, Split
 from strata.reader.rows import Row, memory_row, prose_row, text_row
 from strata.reader.settings import Level, ReaderData
-from strata.reader.writing import Count, Writer, count_with
+from strata.reader.writing import Count, ToldBy, Writer, count_with
 
 ORIGIN_NAME = "made_from.yaml"
 REPORT_NAME = "report.json"
@@ -70,7 +72,8 @@ class DataReport:
     """What was made.
 
     Attributes:
-        facts: by split.
+        facts: by split; `countries` are those about countries that are trained with,
+            `countries_held_out` the others.
         left_out: facts whose names are too long or give the answer away.
         in_train: subjects of the dev file left out because they are subjects in the train file.
         named_in_train: further ones left out because a training fact names them.
@@ -159,7 +162,11 @@ def make_data(
         )
         say(f"eval/{split}: {banks[split][0]:,} references, {banks[split][1]:,} questions")
     report = DataReport(
-        facts={"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
+        facts={
+            **{name: len(getattr(splits, name)) for name in ("train", "val", "test")},
+            "countries": len(maker.countries("train").facts),
+            "countries_held_out": len(maker.countries("val").facts),
+        },
         left_out=left_out,
         in_train=splits.in_train,
         named_in_train=splits.named_in_train,
@@ -216,6 +223,7 @@ class _Maker:
         self._splits = splits
         self._articles = articles
         self._fillers: dict[str, list[str]] = {}
+        self._countries: dict[str, Articles] = {}
         self._count: Count = _guess
 
     def tokenizer(self) -> None:
@@ -278,6 +286,16 @@ class _Maker:
             true=true,
         )
 
+    def countries(self, split: Split) -> Articles:
+        """Articles of the countries to train with, or of those held out."""
+        if split not in self._countries:
+            self._countries[split] = read_articles(
+                split,
+                AutoTokenizer.from_pretrained(self._out / "tokenizer"),
+                reference_tokens=self._config.reference_tokens,
+            )
+        return self._countries[split]
+
     def _write_rows(self, path: Path, stage: str, name: str, level: Level, split: Split) -> None:
         rows = self._rows(stage, name, level, split)
         tokens = num_rows = 0
@@ -294,22 +312,39 @@ class _Maker:
     def _rows(
         self, stage: str, name: str, level: Level, split: Split, *, purpose: str = "rows"
     ) -> Iterator[Row]:
-        """Rows without end."""
+        """Rows without end.
+
+        What came later draws `aside`: a level without countries and questions that nothing answers
+        is as it was before there were any.
+        """
         config, writer = self._config, self.writer(split)
+        if purpose == "tokenizer":
+            level = level.model_copy(update={"countries": 0.0, "unanswerable": 0.0})
+        of_countries: CountryWriter | None = None
+        if level.countries:
+            of_countries = CountryWriter(self.countries(split), config=config, count=self._count)
         paragraphs = self._endless_paragraphs(split)
         texts = list(config.text.values())
         plain = config.plain if self._articles else 0.0
         number = 0
         while True:
             draw = Draw(config.seed, purpose, stage, name, split, number)
+            aside = Draw(config.seed, purpose, "aside", stage, name, split, number)
+            told_by: ToldBy = writer
+            about = ""
+            if of_countries and aside.chance(level.countries):
+                told_by, about = of_countries, "country_"
             if draw.chance(plain):
                 yield prose_row(writer, paragraphs, level)
             elif stage == "text":
-                yield text_row(writer, draw, level)
+                yield text_row(told_by, draw, level, aside, kind=f"{about}text")
             elif texts and draw.chance(config.as_text / (1 - plain)):
-                yield text_row(writer, draw, _as_text(texts[-1], level))
+                as_text = _as_text(texts[-1], level)
+                yield text_row(told_by, draw, as_text, aside, kind=f"{about}text")
             else:
-                yield memory_row(writer, draw, level, f"{split}.{number}")
+                references = f"{split}.{number}"
+                kind = f"{about}memory"
+                yield memory_row(told_by, draw, level, aside, references, kind=kind)
             number += 1
 
     def _endless_paragraphs(self, split: Split) -> Iterator[list[str]]:
@@ -318,8 +353,9 @@ class _Maker:
 
 
 def _as_text(level: Level, among: Level) -> Level:
-    """A level of references as text, as long as the rows among which it stands."""
-    return level.model_copy(update={"row_tokens": among.row_tokens})
+    """A level of references as text, else like the rows among which it stands."""
+    taken = ("row_tokens", "countries", "unanswerable")
+    return level.model_copy(update={name: getattr(among, name) for name in taken})
 
 
 def _guess(texts: Sequence[str]) -> list[int]:

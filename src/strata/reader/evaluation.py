@@ -80,6 +80,7 @@ def _groups(
 
 def _question(draw: Draw, name: str, told: Told, number: int) -> dict[str, object]:
     said = draw.pick(told.said)
+    assert isinstance(said.fact, EntityFact)
     return {
         "id": f"q-{name}",
         "question": said.fact.question(0),

@@ -22,6 +22,8 @@ class Level(FrozenConfig):
         facts: least and most statements of a reference.
         repeats: share of lines that repeat a statement instead of asking for it.
         filler: share of references that also hold a sentence or two of prose.
+        countries: share of rows, prose aside, whose references tell of countries.
+        unanswerable: share of lines that ask for what no reference of the row says.
     """
 
     tokens: Annotated[int, Field(ge=0)]
@@ -30,6 +32,8 @@ class Level(FrozenConfig):
     facts: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(le=32)]]
     repeats: Share = 0.0
     filler: Share = 0.0
+    countries: Share = 0.0
+    unanswerable: Share = 0.0
 
     @model_validator(mode="after")
     def _ordered(self) -> Level:
