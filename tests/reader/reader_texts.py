@@ -17,7 +17,7 @@ SMALL = (
     "vocab_size=700", "tokenizer_rows=30", "val_rows=12", "bank_references=80", "questions=60",
     "text.level1.tokens=2500", "text.level2.tokens=0", "text.level3.tokens=0",
     "text.level4.tokens=7000", "memory.level1.tokens=4000", "memory.level2.tokens=0",
-    "memory.level3.tokens=20000",
+    "memory.level3.tokens=20000", "know.tokens=12000", "know.facts=60",
     "text.level4.unanswerable=0.1", "memory.level3.unanswerable=0.1",
 )  # fmt: skip
 SENTENCES = (

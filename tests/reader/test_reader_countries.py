@@ -42,8 +42,8 @@ COUNTRIES = sorted(load_articles(), key=len, reverse=True)
 
 
 def country_rows(out: Path, split: str) -> list[dict[str, Any]]:
-    rows = [row for folder in reading_folders(out) for row in rows_of(folder, split)]
-    return [row for row in rows if row["kind"].startswith("country")]
+    folders = [*reading_folders(out), out / "know"]
+    return [r for f in folders for r in rows_of(f, split) if r["kind"].startswith("country")]
 
 
 def parse(line: str) -> Asked | None:
@@ -96,7 +96,7 @@ def answers(said: set[str], answer: str) -> bool:
 def test_no_training_text_tells_of_them(made: Made) -> None:
     out, _ = made
     held = sorted(held_out_countries())
-    rows = [r for f in reading_folders(out) for r in rows_of(f, "train")]
+    rows = [r for f in [*reading_folders(out), out / "know"] for r in rows_of(f, "train")]
     told = "\n".join(text for row in rows for text in texts_of(row))
     told += (out / "tokenizer-rows.jsonl").read_text(encoding="utf-8")
     assert any(country in told for country in held), "the test would not see a name"

@@ -137,7 +137,7 @@ def test_some_statements_are_swapped_and_evaluation_is_true(
 
 def test_true_texts_where_nothing_is_swapped(tmp_path: Path, splits: EntitySplits) -> None:
     config = settings(
-        "swapped=0", "memory.level1.tokens=0", "memory.level3.tokens=0",
+        "swapped=0", "memory.level1.tokens=0", "memory.level3.tokens=0", "know.tokens=0",
         "text.level4.countries=0", "text.level4.unanswerable=0",
     )  # fmt: skip
     make_data(None, (), out=tmp_path / "out", config=config)
@@ -215,7 +215,7 @@ def test_references_fit_and_begin_with_no_name(made: Made) -> None:
     tokenizer = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json"))
     told = [
         (row["kind"], own["text"])
-        for folder in (out / "memory" / "level1", out / "memory" / "level3")
+        for folder in (out / "memory" / "level1", out / "memory" / "level3", out / "know")
         for row in rows_of(folder, "train")
         for own in row["own"]
         if own
@@ -232,16 +232,16 @@ def test_rows_fit_and_their_folders_hold_what_was_asked_for(made: Made) -> None:
     out, report = made
     config = settings()
     for name, folder in report.folders.items():
-        stage, level = name.split("/")
-        given = getattr(config, stage)[level]
+        stage, _, level = name.partition("/")
+        given = getattr(config, stage)[level] if level else config.know
         lengths = TokenDataset.open(out / name / "tokens").document_lengths()
         assert lengths.max() <= given.row_tokens
         assert given.tokens <= folder.tokens < given.tokens + given.row_tokens
         assert folder.tokens == lengths.sum() and sum(folder.rows.values()) == len(lengths)
-        assert (folder.references > 0) == (stage == "memory")
+        assert (folder.references > 0) == (stage != "text")
         assert TokenDataset.open(out / name / "tokens", split="val").num_documents == 12
     levels = ("text/level1", "text/level4", "memory/level1", "memory/level3")
-    assert set(report.folders) == set(levels)
+    assert set(report.folders) == {*levels, "know"}
     kinds = report.folders["memory/level3"].rows
     assert {"memory", "country_memory", "prose"} <= set(kinds)
     assert set(kinds) <= {"memory", "country_memory", "prose", "text", "country_text"}
@@ -302,7 +302,7 @@ def test_a_run_that_was_cut_off_goes_on(made: Made, prose: Path, tmp_path: Path)
 
 def test_another_seed_makes_other_texts(prose: Path, made: Made, tmp_path: Path) -> None:
     out, _ = made
-    config = settings("seed=1", "memory.level1.tokens=0", "memory.level3.tokens=0")
+    config = settings("seed=1", "memory.level1.tokens=0", "memory.level3.tokens=0", "know.tokens=0")
     make_data(None, [prose], out=tmp_path / "other", config=config)
     name = "text/level1/rows/train.jsonl"
     assert (tmp_path / "other" / name).read_bytes() != (out / name).read_bytes()
@@ -330,11 +330,14 @@ def test_too_few_facts_are_said(tmp_path: Path) -> None:
     config = settings("bank_references=90000")
     with pytest.raises(DataError, match="lower bank_references"):
         make_data(None, (), out=tmp_path / "bank", config=config)
+    config = settings("know.facts=3000")
+    with pytest.raises(DataError, match=r"know\.facts is 3,000, the banks leave .*: lower it"):
+        make_data(None, (), out=tmp_path / "known", config=config)
     for level, said in (
         ("{tokens: 1, row_tokens: 60000, facts: [32, 32]}", "facts on different subjects"),
         ("{tokens: 1, row_tokens: 60000, facts: [1, 1], countries: 1}", "than the 163 countries"),
     ):
-        config = settings(f"memory.level3={level}", "as_text=0")
+        config = settings(f"memory.level3={level}", "as_text=0", "know.tokens=0")
         with pytest.raises(DataError, match=said):
             make_data(None, (), out=tmp_path / said, config=config)
 
@@ -349,6 +352,8 @@ def test_too_few_facts_are_said(tmp_path: Path) -> None:
         ("max_name_bytes=100", "max_name_bytes"),
         ("text.level1.smell=1", "smell"),
         ("text.level1.countries=2", "countries"),
+        ("know.reading=1", "know.reading"),
+        ("memory={}", "know.reading takes rows of the last memory level"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(override: str, said: str) -> None:

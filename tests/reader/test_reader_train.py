@@ -36,7 +36,7 @@ DATA = (
     "vocab_size=700", "tokenizer_rows=30", "val_rows=12", "bank_references=80", "questions=60",
     "text.level1.tokens=2500", "text.level2.tokens=0", "text.level3.tokens=0",
     "text.level4.tokens=0", "memory.level1.tokens=4000", "memory.level2.tokens=0",
-    "memory.level3.tokens=0",
+    "memory.level3.tokens=0", "know.tokens=0",
 )  # fmt: skip
 SMALL = (
     "model.host.vocab_size=700", "model.host.hidden_size=32", "model.host.intermediate_size=32",

@@ -28,7 +28,7 @@ class Row:
         text: without special tokens.
         own: the reference of each of its chunks, None where it has none.
         kind: "text", "memory" or "prose"; "country_text" and "country_memory" for the first two
-            where they tell of countries.
+            where they tell of countries; "known" for what is told without any reference.
         num_tokens: special ones included.
     """
 
