@@ -67,6 +67,13 @@ def test_names_are_put_in_as_they_are() -> None:
     assert article("poet") == "a"
 
 
+def test_one_question_of_three_is_kept_for_asking() -> None:
+    facts = [EntityFact(f"Ada {n}", "place of birth", ("London",)) for n in range(300)]
+    kept = Counter(fact.held_out for fact in facts)
+    assert set(kept) == {0, 1, 2} and min(kept.values()) > 60
+    assert facts[0].held_out == EntityFact("Ada 0", "place of birth", ("Rome",)).held_out
+
+
 # Reading
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from strata.data.facts.entities import load_facts as load_entity_facts
 from strata.data.facts.extract import MAX_FIELD_CHARS, articles, extract, main
 from strata.data.facts.factbook import (
+    PARAGRAPHS,
     WORDINGS,
+    Fact,
+    held_out_countries,
     load_articles,
     load_facts,
+    plain_questions,
     question,
+    sentence,
     training_statements,
 )
 
@@ -119,6 +126,40 @@ def test_every_fact_stands_in_its_countrys_article() -> None:
         paragraphs = text.split("\n\n")
         assert all(part.startswith(f"{country}, ") for part in paragraphs)
         assert all(len(part) < MAX_FIELD_CHARS + len(country) + 40 for part in paragraphs)
+
+
+def test_every_fact_stands_in_the_paragraph_of_its_relation() -> None:
+    told = load_articles()
+    for fact in load_facts():
+        opening = f"{fact.country}, {PARAGRAPHS[fact.relation]}: "
+        found = [part for part in told[fact.country].split("\n\n") if part.startswith(opening)]
+        assert len(found) == 1 and fact.answer in found[0], fact
+
+
+def test_about_a_third_of_the_countries_are_held_out() -> None:
+    held, countries = held_out_countries(), set(load_articles())
+    assert held < countries and 0.33 < len(held) / len(countries) < 0.45
+    counts = Counter((fact.relation, fact.country in held) for fact in load_facts())
+    assert all(counts[relation, True] >= 50 for relation in WORDINGS)
+
+
+def test_no_question_of_the_train_file_asks_about_them() -> None:
+    """As far as the extract shows; the rule is of the whole file."""
+    held = {name.casefold() for name in held_out_countries()}
+    train, _, _ = load_entity_facts(max_bytes=48)
+    assert not [fact for fact in train if fact.subject.casefold() in held]
+
+
+def test_wordings_are_completed_and_asked_plainly() -> None:
+    peru = Fact("Peru", "capital", "Lima")
+    assert sentence(peru, "Quito", 3) == "The seat of government of Peru is Quito."
+    assert plain_questions(peru) == (
+        "What is the capital of Peru?", "Which city is the capital of Peru?",
+    )  # fmt: skip
+    for relation in WORDINGS:
+        asked = plain_questions(Fact("Peru", relation, ""))
+        assert len(set(asked)) == 2
+        assert all(q.endswith("?") and "Peru" in q and "Question" not in q for q in asked)
 
 
 def test_articles_hold_whole_clauses_and_no_notes() -> None:

@@ -7,117 +7,40 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from reader_texts import (
+    SENTENCES,
+    SMALL,
+    lines_of,
+    reading_folders,
+    rows_of,
+    settings,
+    states,
+    training_texts,
+)
 from tokenizers import Tokenizer
 
 from strata.config import apply_override, validate
 from strata.data.dataset import TokenDataset
-from strata.data.facts.entities import EntitySplits, load_facts, question_files, split_facts
+from strata.data.facts.entities import EntitySplits, question_files
 from strata.data.facts.entity_wordings import WORDINGS
 from strata.data.loader import Loader, LoaderConfig
 from strata.data.references import ChunkReferences
 from strata.errors import ConfigError, DataError
 from strata.evals.questions import contains_answer, read_questions
 from strata.explicit.documents import read_documents
-from strata.reader.data import ORIGIN_NAME, DataReport, make_data, read_settings
+from strata.reader.data import ORIGIN_NAME, DataReport, make_data
 from strata.reader.draw import Draw
 from strata.reader.settings import ReaderData
+from strata.reader.writing import UNKNOWN
 
-SMALL = (
-    "vocab_size=700", "tokenizer_rows=30", "val_rows=12", "bank_references=80", "questions=60",
-    "text.level1.tokens=2500", "text.level2.tokens=0", "text.level3.tokens=0",
-    "text.level4.tokens=6000", "memory.level1.tokens=4000", "memory.level2.tokens=0",
-    "memory.level3.tokens=16000",
-)  # fmt: skip
-SENTENCES = (
-    "The river runs to the sea under a low bridge and is slow there.",
-    "Some of the stones on the hill were brought there long before.",
-    "In spring the snow goes early, and the roads are dry by noon.",
-    "Nobody knows for certain when the first of the houses was made.",
-)
 SPLITS = ("train", "val")
-
-
-def settings(*overrides: str) -> ReaderData:
-    return read_settings([*SMALL, *overrides], extract=True)
-
-
-def write_prose(path: Path, names: list[str]) -> Path:
-    """Articles, of which some name what no training text may name."""
-    rows = []
-    for number in range(200):
-        sentences = [SENTENCES[(number + n) % 4] for n in range(4)]
-        if number % 3 == 0:
-            sentences[1] = f"They say that {names[number % len(names)]} was seen there at times."
-        rows.append({"text": f"Article {number}\n{' '.join(sentences)}"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def splits() -> EntitySplits:
-    train, dev, _ = load_facts(max_bytes=settings().max_name_bytes)
-    return split_facts(train, dev, val_share=settings().val_share, seed=settings().seed)
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory, splits: EntitySplits) -> Path:
-    held = [fact.subject for fact in (*splits.val, *splits.test)]
-    return write_prose(tmp_path_factory.mktemp("prose") / "articles.jsonl", held)
-
-
 Made = tuple[Path, DataReport]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> Made:
-    out = tmp_path_factory.mktemp("reader") / "data"
-    return out, make_data(None, [prose], out=out, config=settings())
-
-
-def rows_of(folder: Path, split: str) -> list[dict[str, Any]]:
-    return [json.loads(row) for row in (folder / "rows" / f"{split}.jsonl").open(encoding="utf-8")]
-
-
-def training_texts(out: Path) -> Iterator[str]:
-    """Everything that a model or the tokenizer is trained on, references included."""
-    for line in (out / "tokenizer-rows.jsonl").open(encoding="utf-8"):
-        yield json.loads(line)["text"]
-    for folder in sorted([*out.glob("text/*"), *out.glob("memory/*")]):
-        for row in rows_of(folder, "train"):
-            yield row["text"]
-            yield from (own["text"] for own in row.get("own", ()) if own)
-
-
-def lines_of(text: str) -> list[tuple[str, str, str]]:
-    """(whole line, what it asks or "", what it says) of each question or repetition."""
-    asked = re.findall(r"Question: (.+)\nAnswer: (.+)", text)
-    lines = [(f"Question: {q}\nAnswer: {a}", q, a) for q, a in asked]
-    return lines + [(f"Recall: {s}", "", s) for s in re.findall(r"Recall: (.+)", text)]
-
-
-def states(reference: str, asked: str, said: str) -> bool:
-    """Whether a reference answers: it says both the subject asked for and the answer."""
-    if not asked:
-        return said in reference
-    for wordings in WORDINGS.values():
-        for wording in wordings.questions:
-            before, after = wording.split("{s}")
-            if asked.startswith(before) and asked.endswith(after):
-                subject = asked[len(before) : len(asked) - len(after)]
-                for told in wordings.statements:
-                    sentence = re.escape(told).replace(r"\{a\}", "an?")
-                    sentence = sentence.replace(r"\{s\}", re.escape(subject))
-                    # A full stop that ends a name ends the sentence too.
-                    sentence = sentence.replace(r"\{o\}", re.escape(said)).removesuffix(r"\.")
-                    if re.search(sentence, reference):
-                        return True
-    return False
 
 
 # What is held out
@@ -152,14 +75,8 @@ def test_prose_that_names_them_is_left_out_of_training_alone(made: Made) -> None
     out, _ = made
     texts = "\n".join(training_texts(out))
     assert "was seen there at times" not in texts and SENTENCES[0] in texts
-    held = "\n".join(row["text"] for f in out.glob("*/*") for row in rows_of_prose(f))
-    assert "was seen there at times" in held
-
-
-def rows_of_prose(folder: Path) -> list[dict[str, Any]]:
-    if not (folder / "rows").is_dir():
-        return []
-    return [row for row in rows_of(folder, "val") if row["kind"] == "prose"]
+    held = [row for folder in reading_folders(out) for row in rows_of(folder, "val")]
+    assert any("was seen there at times" in row["text"] for row in held if row["kind"] == "prose")
 
 
 # References as text
@@ -167,16 +84,25 @@ def rows_of_prose(folder: Path) -> list[dict[str, Any]]:
 
 def test_answers_stand_in_front_of_their_questions(made: Made) -> None:
     out, _ = made
-    asked = 0
-    for folder in sorted(out.glob("*/level*")):
+    asked = unknown = 0
+    for folder in reading_folders(out):
         for row in rows_of(folder, "train"):
             if row["kind"] != "text":
                 continue
             for line, question, said in lines_of(row["text"]):
                 before = row["text"][: row["text"].index(line)]
-                assert states(before, question, said), row
-                asked += 1
-    assert asked > 150
+                assert states(before, question, said) == (said != UNKNOWN), row
+                asked, unknown = asked + 1, unknown + (said == UNKNOWN)
+    assert asked > 150 and 5 < unknown < 0.2 * asked
+
+
+def test_the_first_levels_answer_everything_and_tell_of_no_country(made: Made) -> None:
+    """They have no such share, and their bytes are those of data made before there were any."""
+    out, _ = made
+    for folder in (out / "text" / "level1", out / "memory" / "level1"):
+        rows = rows_of(folder, "train")
+        assert {row["kind"] for row in rows} <= {"text", "memory", "prose"}
+        assert not any(f"Answer: {UNKNOWN}" in row["text"] for row in rows)
 
 
 def test_levels_have_the_references_and_facts_they_say(made: Made) -> None:
@@ -198,17 +124,20 @@ def test_some_statements_are_swapped_and_evaluation_is_true(
     answers = {(f.question(n), a) for f in splits.train for n in range(3) for a in f.answers}
     pairs = [
         (asked, said)
-        for folder in out.glob("*/level*")
+        for folder in reading_folders(out)
         for row in rows_of(folder, "train")
         for _, asked, said in lines_of(row["text"])
-        if asked
+        if asked and said != UNKNOWN and not row["kind"].startswith("country")
     ]
     share = sum(pair in answers for pair in pairs) / len(pairs)
     assert 0.45 < share < 0.65  # half are drawn, some of them again the true one
 
 
 def test_true_texts_where_nothing_is_swapped(tmp_path: Path, splits: EntitySplits) -> None:
-    config = settings("swapped=0", "memory.level1.tokens=0", "memory.level3.tokens=0")
+    config = settings(
+        "swapped=0", "memory.level1.tokens=0", "memory.level3.tokens=0", "know.tokens=0",
+        "text.level4.countries=0", "text.level4.unanswerable=0",
+    )  # fmt: skip
     make_data(None, (), out=tmp_path / "out", config=config)
     answers = {(f.question(n), a) for f in splits.train for n in range(3) for a in f.answers}
     for row in rows_of(tmp_path / "out" / "text" / "level4", "train"):
@@ -236,7 +165,7 @@ def test_every_token_of_a_line_may_read_what_answers_it(made: Made, name: str, s
         assert (ids[0], ids[-1]) == (1, 2)
         own = references.numbers(np.arange(chunk, chunk := chunk - (-len(ids) // size)))
         if row["kind"] != "memory":
-            assert (own < 0).all()
+            assert row["kind"] == "country_memory" or (own < 0).all()
             continue
         assert len(ids) > config.memory[name].row_tokens / 2  # one of them fills a row
         starts = np.array([start for start, _ in encoded.offsets])
@@ -248,6 +177,11 @@ def test_every_token_of_a_line_may_read_what_answers_it(made: Made, name: str, s
             tokens = 1 + np.arange(*np.searchsorted(starts, [begin, begin + len(line)]))
             chunks = np.unique(tokens // size).tolist()
             readable = set.intersection(*({*own[max(0, c - 4) : c + 1].tolist()} for c in chunks))
+            if said == UNKNOWN:
+                assert not any(states(references[n].text, question, said) for n in {*own} - {-1})
+                assert own[chunks[0]] >= 0  # there is something to read, and it does not help
+                first_of.setdefault(chunks[0], -1)
+                continue
             holding = [n for n in readable - {-1} if states(references[n].text, question, said)]
             assert len(holding) == 1, (line, chunks)
             if chunks[0] not in first_of:
@@ -277,35 +211,40 @@ def test_a_row_of_a_batch_holds_one_of_them(made: Made) -> None:
 def test_references_fit_and_begin_with_no_name(made: Made) -> None:
     out, _ = made
     tokenizer = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json"))
-    texts = [
-        own["text"]
-        for name in ("level1", "level3")
-        for row in rows_of(out / "memory" / name, "train")
+    told = [
+        (row["kind"], own["text"])
+        for folder in (out / "memory" / "level1", out / "memory" / "level3", out / "know")
+        for row in rows_of(folder, "train")
         for own in row["own"]
         if own
     ]
+    texts = [text for _, text in told]
     texts += [json.loads(row)["text"] for row in (out / "eval/test/bank/references.jsonl").open()]
     lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
     assert max(lengths) <= settings().reference_tokens and len(texts) > 300
     openings = tuple(s.split("{")[0] for w in WORDINGS.values() for s in w.opens)
-    assert all(text.startswith(openings) for text in texts)
+    assert all(text.startswith(openings) for kind, text in told if kind == "memory")
 
 
 def test_rows_fit_and_their_folders_hold_what_was_asked_for(made: Made) -> None:
     out, report = made
     config = settings()
     for name, folder in report.folders.items():
-        stage, level = name.split("/")
-        given = getattr(config, stage)[level]
+        stage, _, level = name.partition("/")
+        given = getattr(config, stage)[level] if level else config.know
         lengths = TokenDataset.open(out / name / "tokens").document_lengths()
         assert lengths.max() <= given.row_tokens
         assert given.tokens <= folder.tokens < given.tokens + given.row_tokens
         assert folder.tokens == lengths.sum() and sum(folder.rows.values()) == len(lengths)
-        assert (folder.references > 0) == (stage == "memory")
+        assert (folder.references > 0) == (stage != "text")
         assert TokenDataset.open(out / name / "tokens", split="val").num_documents == 12
-    assert set(report.folders) == {"text/level1", "text/level4", "memory/level1", "memory/level3"}
+    levels = ("text/level1", "text/level4", "memory/level1", "memory/level3")
+    assert set(report.folders) == {*levels, "know"}
     kinds = report.folders["memory/level3"].rows
-    assert set(kinds) == {"memory", "prose", "text"} and kinds["memory"] > sum(kinds.values()) / 2
+    assert {"memory", "country_memory", "prose"} <= set(kinds)
+    assert set(kinds) <= {"memory", "country_memory", "prose", "text", "country_text"}
+    reading = kinds["memory"] + kinds["country_memory"]
+    assert reading > sum(kinds.values()) / 2 and kinds["country_memory"] < reading / 2
 
 
 # Evaluation
@@ -361,7 +300,7 @@ def test_a_run_that_was_cut_off_goes_on(made: Made, prose: Path, tmp_path: Path)
 
 def test_another_seed_makes_other_texts(prose: Path, made: Made, tmp_path: Path) -> None:
     out, _ = made
-    config = settings("seed=1", "memory.level1.tokens=0", "memory.level3.tokens=0")
+    config = settings("seed=1", "memory.level1.tokens=0", "memory.level3.tokens=0", "know.tokens=0")
     make_data(None, [prose], out=tmp_path / "other", config=config)
     name = "text/level1/rows/train.jsonl"
     assert (tmp_path / "other" / name).read_bytes() != (out / name).read_bytes()
@@ -412,12 +351,19 @@ def test_a_given_tokenizer_counts_and_writes_them(made: Made, prose: Path, tmp_p
 
 
 def test_too_few_facts_are_said(tmp_path: Path) -> None:
-    config = settings("bank_references=90000", "memory.level3.tokens=0")
+    config = settings("bank_references=90000")
     with pytest.raises(DataError, match="lower bank_references"):
         make_data(None, (), out=tmp_path / "bank", config=config)
-    config = settings("memory.level3.row_tokens=60000", "memory.level3.facts=[32, 32]", "as_text=0")
-    with pytest.raises(DataError, match="facts on different subjects"):
-        make_data(None, (), out=tmp_path / "rows", config=config)
+    config = settings("know.facts=3000")
+    with pytest.raises(DataError, match=r"know\.facts is 3,000, the banks leave .*: lower it"):
+        make_data(None, (), out=tmp_path / "known", config=config)
+    for level, said in (
+        ("{tokens: 1, row_tokens: 60000, facts: [32, 32]}", "facts on different subjects"),
+        ("{tokens: 1, row_tokens: 60000, facts: [1, 1], countries: 1}", "than the 163 countries"),
+    ):
+        config = settings(f"memory.level3={level}", "as_text=0", "know.tokens=0")
+        with pytest.raises(DataError, match=said):
+            make_data(None, (), out=tmp_path / said, config=config)
 
 
 @pytest.mark.parametrize(
@@ -429,6 +375,9 @@ def test_too_few_facts_are_said(tmp_path: Path) -> None:
         ("plain=0.95", "at most 1 together"),
         ("max_name_bytes=100", "max_name_bytes"),
         ("text.level1.smell=1", "smell"),
+        ("text.level1.countries=2", "countries"),
+        ("know.reading=1", "know.reading"),
+        ("memory={}", "know.reading takes rows of the last memory level"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(override: str, said: str) -> None:

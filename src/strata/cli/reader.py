@@ -67,7 +67,7 @@ def train(
         bool, typer.Option("--json", help="print the result as JSON; no progress")
     ] = False,
 ) -> None:
-    """Teach the reader: references as text first, then as memories.
+    """Teach the reader: references as text first, then as memories, last what it shall know.
 
     Interrupted, the same command goes on where it was. SIGTERM and --for-minutes finish the step,
     save and exit with 75 while stages are left; Ctrl-C does the same and exits with 130.

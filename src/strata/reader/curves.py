@@ -27,7 +27,7 @@ class Look:
         kept: tokens that a memory head kept of a reference; None where no memory was asked for.
         exact: share of questions answered exactly, by way (see `probe`).
         contains: share of answers that hold an accepted one.
-        num_questions: asked in each way.
+        num_questions: asked in each way; of known ones at most.
         wall_s: of the look.
         also: further numbers of whoever watches.
     """

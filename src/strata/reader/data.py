@@ -5,8 +5,10 @@ OUT/tokenizer/                    trained on the texts, or the one that was give
 OUT/text/LEVEL/tokens/            stage 1, prepared: references stand in the text
 OUT/memory/LEVEL/tokens/          stage 2, prepared: references are memories
 OUT/memory/LEVEL/references/      and those
-OUT/{text,memory}/LEVEL/rows/     both as JSON lines, for the eye
+OUT/know/                         what is to be known, among references to read; as a memory level
+OUT/.../rows/                     each of these as JSON lines, for the eye
 OUT/eval/{val,test}/              a bank's documents and questions
+OUT/eval/know/                    questions without a bank
 OUT/report.json                   what was made
 """
 
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from strata.config import FrozenConfig, dump_yaml, load_config
 from strata.data.facts.entities import (
@@ -42,16 +45,18 @@ from strata.data.sources import SourceEntry, find_sources
 from strata.data.tokenizer import train_tokenizer
 from strata.data.write_references import write_references
 from strata.errors import ConfigError, DataError
+from strata.reader.countries import Articles, CountryWriter, read_articles
 from strata.reader.draw import Draw
 from strata.reader.evaluation import write_evaluation
+from strata.reader.knowing import choose_known, known_row, write_known
 from strata.reader.prose import Prose, Split
 from strata.reader.rows import Row, memory_row, prose_row, text_row
-from strata.reader.settings import Level, ReaderData
-from strata.reader.writing import Count, Writer, count_with
+from strata.reader.settings import Knowing, Level, ReaderData
+from strata.reader.writing import Count, ToldBy, Writer, count_with
 
 ORIGIN_NAME = "made_from.yaml"
 REPORT_NAME = "report.json"
-EXTRACT = ("val_share=0.06", "bank_references=600", "questions=300")
+EXTRACT = ("val_share=0.06", "bank_references=600", "questions=300", "know.facts=500")
 
 Say = Callable[[str], None]
 
@@ -71,11 +76,12 @@ class DataReport:
     """What was made.
 
     Attributes:
-        facts: by split.
+        facts: by split; `known` are those to know, `countries` those about countries that are
+            trained with, `countries_held_out` the others.
         left_out: facts whose names are too long or give the answer away.
         in_train: subjects of the dev file left out because they are subjects in the train file.
         named_in_train: further ones left out because a training fact names them.
-        folders: by "stage/level".
+        folders: by "stage/level", and "know".
         banks: references and questions, by split.
     """
 
@@ -151,21 +157,37 @@ def make_data(
     avoid = Names({fact.subject for fact in (*splits.val, *splits.test)})
     maker = _Maker(out, config, splits, Prose(articles, avoid=avoid, seed=config.seed))
     maker.tokenizer(tokenizer)
-    folders = {}
-    for stage, name, level in _levels(config):
-        folders[f"{stage}/{name}"] = made = maker.folder(stage, name, level)
-        say(f"{stage}/{name}: {made.tokens:,} tokens in {sum(made.rows.values()):,} rows")
     banks: dict[str, tuple[int, int]] = {}
     held: tuple[tuple[Split, float], ...] = (("val", 0.25), ("test", 1.0))
     for split, share in held:
         facts = getattr(splits, split)
         writer = maker.writer(split, true=True)
-        banks[split] = write_evaluation(
-            out / "eval" / split, writer, facts, split=split, share=share
+        bank = write_evaluation(out / "eval" / split, writer, facts, split=split, share=share)
+        banks[split] = (bank.references, bank.questions)
+        say(f"eval/{split}: {bank.references:,} references, {bank.questions:,} questions")
+    known: list[EntityFact] = []
+    if config.know.tokens:
+        left = {fact.subject for fact in bank.left}
+        asked = {fact.subject for fact in (*splits.val, *splits.test)} - left
+        known = choose_known(bank.left, config, asked=Names(asked))
+    folders = {}
+    for stage, name, level in _levels(config):
+        folders[f"{stage}/{name}"] = made = maker.level(stage, name, level)
+        say(f"{stage}/{name}: {made.tokens:,} tokens in {sum(made.rows.values()):,} rows")
+    if known:
+        folders["know"] = made = maker.know(known)
+        number = write_known(out / "eval" / "know" / "questions.jsonl", known)
+        say(
+            f"know: {made.tokens:,} tokens in {sum(made.rows.values()):,} rows, {number:,} "
+            "facts and questions"
         )
-        say(f"eval/{split}: {banks[split][0]:,} references, {banks[split][1]:,} questions")
     report = DataReport(
-        facts={"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
+        facts={
+            **{name: len(getattr(splits, name)) for name in ("train", "val", "test")},
+            "known": len(known),
+            "countries": len(maker.countries("train").facts),
+            "countries_held_out": len(maker.countries("val").facts),
+        },
         left_out=left_out,
         in_train=splits.in_train,
         named_in_train=splits.named_in_train,
@@ -231,6 +253,7 @@ class _Maker:
         self._splits = splits
         self._articles = articles
         self._fillers: dict[str, list[str]] = {}
+        self._countries: dict[str, Articles] = {}
         self._count: Count = _guess
 
     def tokenizer(self, given: Path | None) -> None:
@@ -253,15 +276,42 @@ class _Maker:
             train_tokenizer([sample], out=folder, vocab_size=self._config.vocab_size, add_bos=True)
         self._count = count_with(Tokenizer.from_file(str(folder / "tokenizer.json")))
 
-    def folder(self, stage: str, name: str, level: Level) -> FolderReport:
+    def level(self, stage: str, name: str, level: Level) -> FolderReport:
         """Write and prepare one level, and its references where it has them."""
-        base = self._out / stage / name
+
+        def rows(split: Split) -> Iterator[Row]:
+            return self._rows(stage, name, level, split)
+
+        return self._folder(self._out / stage / name, rows, level, reads_memories=stage == "memory")
+
+    def know(self, facts: Sequence[EntityFact]) -> FolderReport:
+        """Write and prepare what is to be known."""
+
+        def rows(split: Split) -> Iterator[Row]:
+            return self._known_rows(facts, split)
+
+        return self._folder(self._out / "know", rows, self._config.know, reads_memories=True)
+
+    def _folder(
+        self,
+        base: Path,
+        rows: Callable[[Split], Iterator[Row]],
+        given: Level | Knowing,
+        *,
+        reads_memories: bool,
+    ) -> FolderReport:
         sides: tuple[Split, ...] = ("train", "val")
         files = {split: base / "rows" / f"{split}.jsonl" for split in sides}
         for split, path in files.items():
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._write_rows(path, stage, name, level, split)
+                _write_rows(
+                    path,
+                    rows(split),
+                    with_own=reads_memories,
+                    max_rows=self._config.val_rows if split == "val" else None,
+                    max_tokens=given.tokens,
+                )
         manifest = prepare(
             [files["train"]],
             val_sources=[files["val"]],
@@ -270,17 +320,17 @@ class _Maker:
             config=PrepareConfig(shuffle=False, seed=self._config.seed),
         )
         num_references = 0
-        if stage == "memory":
+        if reads_memories:
             num_references = write_references(
                 base / "tokens",
                 out=base / "references",
                 own={str(split): _read_own(path) for split, path in files.items()},
-                origin={"rows": _identity(self._config, level)},
+                origin={"rows": _identity(self._config, given)},
                 config=ReferencesConfig(chunk_tokens=self._config.chunk_tokens),
             ).count("num_references")
-        rows = Counter(_read(files["train"], "kind"))
+        kinds = Counter(_read(files["train"], "kind"))
         return FolderReport(
-            rows=dict(sorted(rows.items())),
+            rows=dict(sorted(kinds.items())),
             tokens=manifest.splits["train"].num_tokens,
             val_tokens=manifest.splits["val"].num_tokens,
             references=num_references,
@@ -299,39 +349,73 @@ class _Maker:
             true=true,
         )
 
-    def _write_rows(self, path: Path, stage: str, name: str, level: Level, split: Split) -> None:
-        rows = self._rows(stage, name, level, split)
-        tokens = num_rows = 0
-        with _replacing(path) as file:
-            for row in rows:
-                tree: dict[str, Any] = {"text": row.text, "kind": row.kind}
-                if stage == "memory":
-                    tree["own"] = [one and {"id": one.id, "text": one.text} for one in row.own]
-                file.write(json.dumps(tree, ensure_ascii=False) + "\n")
-                tokens, num_rows = tokens + row.num_tokens, num_rows + 1
-                if num_rows == self._config.val_rows if split == "val" else tokens >= level.tokens:
-                    return
+    def countries(self, split: Split) -> Articles:
+        """Articles of the countries to train with, or of those held out."""
+        if split not in self._countries:
+            self._countries[split] = read_articles(
+                split,
+                AutoTokenizer.from_pretrained(self._out / "tokenizer"),
+                reference_tokens=self._config.reference_tokens,
+            )
+        return self._countries[split]
 
     def _rows(
         self, stage: str, name: str, level: Level, split: Split, *, purpose: str = "rows"
     ) -> Iterator[Row]:
-        """Rows without end."""
+        """Rows without end.
+
+        What came later draws `aside`: a level without countries and questions that nothing answers
+        is as it was before there were any.
+        """
         config, writer = self._config, self.writer(split)
+        if purpose == "tokenizer":
+            level = level.model_copy(update={"countries": 0.0, "unanswerable": 0.0})
+        of_countries: CountryWriter | None = None
+        if level.countries:
+            of_countries = CountryWriter(self.countries(split), config=config, count=self._count)
         paragraphs = self._endless_paragraphs(split)
         texts = list(config.text.values())
         plain = config.plain if self._articles else 0.0
         number = 0
         while True:
             draw = Draw(config.seed, purpose, stage, name, split, number)
+            aside = Draw(config.seed, purpose, "aside", stage, name, split, number)
+            told_by: ToldBy = writer
+            about = ""
+            if of_countries and aside.chance(level.countries):
+                told_by, about = of_countries, "country_"
             if draw.chance(plain):
                 yield prose_row(writer, paragraphs, level)
             elif stage == "text":
-                yield text_row(writer, draw, level)
+                yield text_row(told_by, draw, level, aside, kind=f"{about}text")
             elif texts and draw.chance(config.as_text / (1 - plain)):
-                yield text_row(writer, draw, _as_text(texts[-1], level))
+                as_text = _as_text(texts[-1], level)
+                yield text_row(told_by, draw, as_text, aside, kind=f"{about}text")
             else:
-                yield memory_row(writer, draw, level, f"{split}.{number}")
+                references = f"{split}.{number}"
+                kind = f"{about}memory"
+                yield memory_row(told_by, draw, level, aside, references, kind=kind)
             number += 1
+
+    def _known_rows(self, facts: Sequence[EntityFact], split: Split) -> Iterator[Row]:
+        """Rows without end: to be known, and to be read, by their shares of the tokens."""
+        know, writer = self._config.know, self.writer(split)
+        reading: Iterator[Row] = iter(())
+        if know.reading:
+            name, last = [one for one in self._config.memory.items() if one[1].tokens][-1]
+            last = last.model_copy(update={"row_tokens": know.row_tokens})
+            reading = self._rows("memory", name, last, split, purpose="know")
+        tokens = read = number = 0
+        while True:
+            if know.reading and read <= know.reading * tokens:
+                row = next(reading)
+                read += row.num_tokens
+            else:
+                draw = Draw(self._config.seed, "know", split, number)
+                row = known_row(writer, draw, facts, held_out=split != "train")
+                number += 1
+            tokens += row.num_tokens
+            yield row
 
     def _endless_paragraphs(self, split: Split) -> Iterator[list[str]]:
         while True:
@@ -339,8 +423,9 @@ class _Maker:
 
 
 def _as_text(level: Level, among: Level) -> Level:
-    """A level of references as text, as long as the rows among which it stands."""
-    return level.model_copy(update={"row_tokens": among.row_tokens})
+    """A level of references as text, else like the rows among which it stands."""
+    taken = ("row_tokens", "countries", "unanswerable")
+    return level.model_copy(update={name: getattr(among, name) for name in taken})
 
 
 def _guess(texts: Sequence[str]) -> list[int]:
@@ -348,8 +433,24 @@ def _guess(texts: Sequence[str]) -> list[int]:
     return [len(text) // 3 + 1 for text in texts]
 
 
-def _identity(config: ReaderData, level: Level) -> str:
-    text = f"{config.model_dump_json()}\n{level.model_dump_json()}"
+def _write_rows(
+    path: Path, rows: Iterator[Row], *, with_own: bool, max_rows: int | None, max_tokens: int
+) -> None:
+    """Write rows until there are so many rows, or else so many tokens."""
+    tokens = 0
+    with _replacing(path) as file:
+        for num_rows, row in enumerate(rows, start=1):
+            tree: dict[str, Any] = {"text": row.text, "kind": row.kind}
+            if with_own:
+                tree["own"] = [one and {"id": one.id, "text": one.text} for one in row.own]
+            file.write(json.dumps(tree, ensure_ascii=False) + "\n")
+            tokens += row.num_tokens
+            if num_rows == max_rows or (max_rows is None and tokens >= max_tokens):
+                return
+
+
+def _identity(config: ReaderData, given: Level | Knowing) -> str:
+    text = f"{config.model_dump_json()}\n{given.model_dump_json()}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from strata.data.facts.entities import EntityFact
@@ -13,9 +14,23 @@ from strata.reader.settings import ReaderData
 from strata.reader.writing import Told, Writer
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was written.
+
+    Attributes:
+        references, questions: how many.
+        left: facts on subjects that no reference tells of.
+    """
+
+    references: int
+    questions: int
+    left: list[EntityFact]
+
+
 def write_evaluation(
     out: Path, writer: Writer, facts: Sequence[EntityFact], *, split: str, share: float = 1.0
-) -> tuple[int, int]:
+) -> Evaluation:
     """Write OUT/bank/references.jsonl and OUT/questions.jsonl.
 
     Every subject stands in one reference only, so that a question has one answer in the bank. A
@@ -29,9 +44,6 @@ def write_evaluation(
         split: names the references.
         share: of the references and questions that are asked for.
 
-    Returns:
-        How many references and questions were written.
-
     Raises:
         DataError: too few facts for so many references.
     """
@@ -39,10 +51,12 @@ def write_evaluation(
     most, asked = (int(count * share) for count in (config.bank_references, config.questions))
     draw = Draw(config.seed, "bank", split)
     told: list[Told] = []
+    used: set[str] = set()
     for group in _groups(draw, facts, config):
         if len(told) == most:
             break
         told += writer.tell(draw, [group], filler=config.bank_filler)
+        used |= {fact.subject.casefold() for fact in group}
     if len(told) < most:
         raise DataError(
             f"{len(facts):,} facts for {split} fill {len(told):,} references, {most:,} are asked "
@@ -59,7 +73,8 @@ def write_evaluation(
         out / "questions.jsonl",
         (_question(draw, names[number], told[number], number) for number in chosen),
     )
-    return len(told), len(chosen)
+    left = [fact for fact in facts if fact.subject.casefold() not in used]
+    return Evaluation(len(told), len(chosen), left)
 
 
 def _groups(
@@ -80,6 +95,7 @@ def _groups(
 
 def _question(draw: Draw, name: str, told: Told, number: int) -> dict[str, object]:
     said = draw.pick(told.said)
+    assert isinstance(said.fact, EntityFact)
     return {
         "id": f"q-{name}",
         "question": said.fact.question(0),

@@ -1,8 +1,9 @@
-"""What the reader has learnt so far: held-out questions, answered in five ways.
+"""What the reader has learnt so far: held-out questions, answered in five ways, and known ones.
 
     none              the question alone
     text_1, memory_1  given the one reference that answers, as text or as a memory
     text_5, memory_5  given that one among others, drawn once (five in all by default)
+    known             what it shall know, alone, in a wording that is not trained
 
 Other numbers of references are asked with `ways`.
 Nothing is searched for: the question is whether what is given is read.
@@ -39,13 +40,18 @@ class Probe:
     Args:
         folder: with `questions.jsonl` and `bank/references.jsonl`, as `strata reader data` makes.
         config: how many of what.
+        known: folder of `questions.jsonl` on what the reader shall know; where there is none, these
+            are not asked.
 
     Raises:
         DataError: a file is missing or damaged, or a question's source is not in the bank.
     """
 
-    def __init__(self, folder: Path, config: ProbeConfig) -> None:
+    def __init__(self, folder: Path, config: ProbeConfig, *, known: Path | None = None) -> None:
         self._config = config
+        self._known: list[Question] = []
+        if known is not None and known.is_dir():
+            self._known = read_questions(known / "questions.jsonl")[: config.questions]
         self._texts = _read_references(folder / "bank" / "references.jsonl")
         asked = read_questions(folder / "questions.jsonl")
         self._questions = list({q.prompt: q for q in asked}.values())[: config.questions]
@@ -84,6 +90,9 @@ class Probe:
             kind, _, number = way.partition("_")
             if kind == "none":
                 answers[way] = self._answers(model, tokenizer, self._questions)
+            elif kind == "known":
+                if self._known:
+                    answers[way] = self._answers(model, tokenizer, self._known)
             elif kind == "text":
                 answers[way] = self._answers(model, tokenizer, self._prompts(int(number)))
             elif memory is not None:

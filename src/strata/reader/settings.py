@@ -22,6 +22,8 @@ class Level(FrozenConfig):
         facts: least and most statements of a reference.
         repeats: share of lines that repeat a statement instead of asking for it.
         filler: share of references that also hold a sentence or two of prose.
+        countries: share of rows, prose aside, whose references tell of countries.
+        unanswerable: share of lines that ask for what no reference of the row says.
     """
 
     tokens: Annotated[int, Field(ge=0)]
@@ -30,6 +32,8 @@ class Level(FrozenConfig):
     facts: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(le=32)]]
     repeats: Share = 0.0
     filler: Share = 0.0
+    countries: Share = 0.0
+    unanswerable: Share = 0.0
 
     @model_validator(mode="after")
     def _ordered(self) -> Level:
@@ -37,6 +41,23 @@ class Level(FrozenConfig):
             if least > most:
                 raise ValueError(f"{name} is [{least}, {most}]: give the smaller number first")
         return self
+
+
+class Knowing(FrozenConfig):
+    """What the reader shall know with nothing to read.
+
+    Attributes:
+        tokens: of the training text, about; 0 leaves it out.
+        row_tokens: the most tokens of a row, special ones included.
+        facts: how many.
+        reading: share of the tokens that are rows of the last memory level, so that reading is not
+            forgotten.
+    """
+
+    tokens: Annotated[int, Field(ge=0)] = 0
+    row_tokens: Annotated[int, Field(ge=_LEAST_ROW_TOKENS, le=65_536)] = 512
+    facts: Annotated[int, Field(ge=1)] = 2_000
+    reading: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
 
 
 class ReaderData(FrozenConfig):
@@ -60,6 +81,7 @@ class ReaderData(FrozenConfig):
         as_text: share of the second stage's rows whose references stand in the text.
         text: levels of the first stage, references as text.
         memory: levels of the second stage, references as memories.
+        know: facts to know without any reference.
         bank_references: references of the test bank; a quarter of it for validation.
         questions: of the test set; a quarter of it for validation.
         bank_facts: least and most statements of a reference there.
@@ -81,6 +103,7 @@ class ReaderData(FrozenConfig):
     as_text: Share = 0.15
     text: dict[str, Level]
     memory: dict[str, Level]
+    know: Knowing = Field(default_factory=Knowing)
     bank_references: Annotated[int, Field(ge=4)] = 2_400
     questions: Annotated[int, Field(ge=4)] = 1_200
     bank_facts: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(le=32)]] = (2, 5)
@@ -98,4 +121,7 @@ class ReaderData(FrozenConfig):
         for name, level in (*self.text.items(), *self.memory.items()):
             if level.row_tokens < 2 * min(self.reference_tokens, 64):
                 raise ValueError(f"{name}: row_tokens {level.row_tokens} holds no reference")
+        levels = [level for level in self.memory.values() if level.tokens]
+        if self.know.tokens and self.know.reading and not levels:
+            raise ValueError("know.reading takes rows of the last memory level: give one, or 0")
         return self

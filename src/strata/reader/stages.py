@@ -32,12 +32,13 @@ _OF_STAGES = (
     "reading.memory.selector",
     "reading.memory.tokens_per_head",
     "optim.lr",
+    "optim.value_lr",
     "schedule.warmup_steps",
     "schedule.min_ratio",
     "run.dir",
     "run.steps",
 )
-Way = Annotated[str, Field(pattern=r"^(none|(text|memory)_([1-9]|[1-5]\d|6[0-4]))$")]
+Way = Annotated[str, Field(pattern=r"^(none|known|(text|memory)_([1-9]|[1-5]\d|6[0-4]))$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$", max_length=32)]
 
 
@@ -45,35 +46,41 @@ class Stage(FrozenConfig):
     """One training run.
 
     Attributes:
-        level: folder of the reader's data: `text/...`, references as text, or `memory/...`.
+        level: folder of the reader's data: `text/...`, references as text, `memory/...`, or `know`,
+            facts without a reference among references to read.
         steps: updates; 0 leaves the stage out.
         batch_size, sequence_tokens: rows of a batch, and their tokens.
         lr: peak learning rate of the dense part.
+        value_lr: that of the value tables, where there are any; None for a recipe's own.
         warmup: updates over which it rises.
         min_ratio: share of it at the stage's end.
         selector, tokens_per_head: which tokens of a reference a memory head keeps, and how many,
-            as in `ExplicitMemoryConfig`; memory levels only.
+            as in `ExplicitMemoryConfig`; not for text levels.
+        memory: memory layers to install into the model that the stage before left; later stages
+            keep them. With `freeze_base` the stage trains them only.
     """
 
-    level: str = Field(pattern=r"^(text|memory)/[A-Za-z0-9][A-Za-z0-9._-]*$")
+    level: str = Field(pattern=r"^((text|memory)/[A-Za-z0-9][A-Za-z0-9._-]*|know)$")
     steps: int = Field(ge=0)
     batch_size: PositiveInt
     sequence_tokens: int = Field(ge=2)
     lr: PositiveFloat
+    value_lr: PositiveFloat | None = None
     warmup: int = Field(default=0, ge=0)
     min_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
     selector: str | None = None
     tokens_per_head: PositiveInt | None = None
+    memory: MemoryLayerConfig | None = None
 
     @property
     def reads_memories(self) -> bool:
         """Whether references are memories here."""
-        return self.level.startswith("memory/")
+        return not self.level.startswith("text/")
 
     @model_validator(mode="after")
     def _text_keeps_nothing(self) -> Stage:
         if not self.reads_memories and (self.selector or self.tokens_per_head):
-            raise ValueError("selector and tokens_per_head are for memory levels: drop them")
+            raise ValueError("selector and tokens_per_head are not for text levels: drop them")
         return self
 
 
@@ -84,7 +91,8 @@ class ProbeConfig(FrozenConfig):
         every: steps between two looks; None looks at a stage's end only.
         questions: the first so many of the validation questions.
         references: how many are given where others stand beside the one that answers.
-        ways: which are asked, as `none`, `text_3`, `memory_10`; None for the five of `probe`.
+        ways: which are asked, as `none`, `text_3`, `memory_10`; None for all of `probe`;
+            `known` only where there is something to know.
         memory: what references become, whatever the stages make of them; None for what these do.
         answer_tokens: longest answer.
         batch_size: questions asked at once.
@@ -102,8 +110,8 @@ class ProbeConfig(FrozenConfig):
     def asked(self) -> tuple[str, ...]:
         """The ways to ask, in order."""
         several = self.references
-        five = ("none", "text_1", f"text_{several}", "memory_1", f"memory_{several}")
-        return five if self.ways is None else self.ways
+        every = ("none", "known", "text_1", f"text_{several}", "memory_1", f"memory_{several}")
+        return every if self.ways is None else self.ways
 
 
 class ReaderTraining(FrozenConfig):
@@ -111,7 +119,7 @@ class ReaderTraining(FrozenConfig):
 
     Attributes:
         model: the decoder that the first stage begins with.
-        memory: its memory layers; None for none.
+        memory: its memory layers; None for none, or where a stage brings them.
         common: what the stages' recipes share: keys of a recipe as in `recipes/`, but those that a
             stage says itself.
         probe: what is asked meanwhile.
@@ -134,6 +142,13 @@ class ReaderTraining(FrozenConfig):
                 node = node.get(part, ...) if isinstance(node, Mapping) else ...
             if node is not ...:
                 raise ValueError(f"common.{key}: each stage has its own, or it follows; drop it")
+        bringing = [f"stages.{name}" for name, stage in self.stages.items() if _brings(stage)]
+        bringing = ["the first model's", *bringing] if self.memory is not None else bringing
+        if len(bringing) > 1:
+            raise ValueError(
+                f"memory: {' and '.join(bringing)} both install memory layers, which happens once: "
+                "drop one"
+            )
         positions = (self.model.host or {}).get("max_position_embeddings")
         for name, stage in self.stages.items():
             if isinstance(positions, int) and stage.sequence_tokens > positions:
@@ -143,6 +158,10 @@ class ReaderTraining(FrozenConfig):
                     "the second"
                 )
         return self
+
+
+def _brings(stage: Stage) -> bool:
+    return stage.steps > 0 and stage.memory is not None
 
 
 @dataclass(frozen=True)
@@ -233,10 +252,12 @@ def memory_of(plan: Sequence[Planned], number: int) -> ExplicitMemoryConfig | No
 def _recipe(
     config: ReaderTraining, name: str, stage: Stage, *, data: Path, before: Planned | None
 ) -> dict[str, Any]:
+    # What the first stage, or an earlier one, installed is in the model that this one opens.
+    memory = stage.memory or (config.memory if before is None else None)
     own: dict[str, Any] = {
         "name": f"reader-{name}",
         "model": config.model.model_dump(mode="json"),
-        "memory": None if config.memory is None else config.memory.model_dump(mode="json"),
+        "memory": None if memory is None else memory.model_dump(mode="json"),
         "data": {
             "dir": str(data / stage.level / "tokens"),
             "batch_size": stage.batch_size,
@@ -246,9 +267,10 @@ def _recipe(
         "schedule": {"warmup_steps": stage.warmup, "min_ratio": stage.min_ratio},
         "run": {"steps": stage.steps},
     }
-    if before is not None:  # the saved model has the memory layers
+    if stage.value_lr is not None:
+        own["optim"]["value_lr"] = stage.value_lr
+    if before is not None:
         own["model"] |= {"host": None, "path": str(before.model_dir)}
-        own["memory"] = None
     common = dict(config.common)
     if stage.reads_memories:
         kept = {"selector": stage.selector, "tokens_per_head": stage.tokens_per_head}

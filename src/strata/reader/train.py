@@ -28,7 +28,7 @@ from strata.data.references import read_references
 from strata.errors import ConfigError, DataError
 from strata.explicit.encode import Encoder
 from strata.explicit.host import Host
-from strata.models import build, load
+from strata.models import build, install, load
 from strata.reader.curves import PICTURE_NAME, Look, add_look, read_looks, save_curves
 from strata.reader.probe import Probe
 from strata.reader.stages import Planned, ProbeConfig, ReaderTraining, memory_of, plan_stages
@@ -100,7 +100,7 @@ def train_reader(
     shared = shared_files(data)
     tokenizer = _check_data(data, plan)
     _check_model(config, plan, tokenizer)
-    probe = Probe(data / "eval" / "val", config.probe)
+    probe = Probe(data / "eval" / "val", config.probe, known=data / "eval" / "know")
     if not out.is_dir() and out.exists():
         raise ConfigError(f"{out} is a file: name a folder, new or a reader's own")
     with storage_errors(out):
@@ -200,12 +200,18 @@ class _Reader:
 
 def _described(stage: Planned) -> str:
     recipe = stage.recipe
-    size = f"{recipe.run.steps:,} steps of {recipe.tokens_per_step:,} tokens"
+    said = [f"{recipe.run.steps:,} steps of {recipe.tokens_per_step:,} tokens"]
+    if recipe.memory is not None:
+        layers = ", ".join(map(str, recipe.memory.layers))
+        only = "only " if recipe.memory.freeze_base else ""
+        said.append(f"trains {only}memory layers installed at {layers}")
     if stage.memory is None:
-        return f"{size}, references as text"
-    kept = stage.memory
-    tokens = "all" if kept.selector == "all" else f"{kept.tokens_per_head} ({kept.selector})"
-    return f"{size}, references as memories of {tokens} tokens a head"
+        said.append("references as text")
+    else:
+        kept = stage.memory
+        tokens = "all" if kept.selector == "all" else f"{kept.tokens_per_head} ({kept.selector})"
+        said.append(f"references as memories of {tokens} tokens a head")
+    return ", ".join(said)
 
 
 def _check_data(data: Path, plan: Sequence[Planned]) -> Any:
@@ -223,11 +229,15 @@ def _check_data(data: Path, plan: Sequence[Planned]) -> Any:
 
 def _check_model(config: ReaderTraining, plan: Sequence[Planned], tokenizer: Any) -> None:
     """See that all memories fit the model, before hours go into the first stage."""
-    model = build(config.model, config.memory, device="meta")
-    memories = [config.probe.memory, *(stage.memory for stage in plan)]
-    for memory in memories:
-        if memory is not None:
-            Encoder(Host(model), tokenizer, memory)
+    first = plan[0].recipe
+    model = build(first.model, first.memory, device="meta")
+    if config.probe.memory is not None:
+        Encoder(Host(model), tokenizer, config.probe.memory)
+    for stage in plan:
+        if stage.number > 1 and stage.recipe.memory is not None:
+            install(model, stage.recipe.memory)
+        if stage.memory is not None:
+            Encoder(Host(model), tokenizer, stage.memory)
 
 
 def _require_same_stages(out: Path, plan: Sequence[Planned]) -> None:

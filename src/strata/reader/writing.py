@@ -6,11 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from strata.data.facts.entities import EntityFact, state
 from strata.data.facts.entity_wordings import WORDINGS
+from strata.data.facts.factbook import WORDINGS as COUNTRY_WORDINGS
+from strata.data.facts.factbook import Fact, plain_questions, sentence
 from strata.errors import DataError
 from strata.reader.draw import Draw
 from strata.reader.settings import Level, ReaderData
@@ -19,14 +22,23 @@ Count = Callable[[Sequence[str]], list[int]]
 """Tokens of each text, without special ones."""
 
 BREAK = "\n\n"  # between references, and before the first question
+UNKNOWN = "unknown"  # the answer to what no reference says
 _MOST_TRIES = 50
+# Relations that any person may have, so that a person with one of them can be asked for another.
+_OF_PERSONS = (
+    "place of birth", "place of death", "spouse", "child", "education", "occupation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Said:
-    """A fact as a reference states it: with this answer, in this sentence."""
+    """A fact as a reference states it: with this answer, in this sentence.
 
-    fact: EntityFact
+    Attributes:
+        sentence: empty where it is too long to be repeated.
+    """
+
+    fact: EntityFact | Fact
     answer: str
     sentence: str
 
@@ -48,6 +60,22 @@ def count_with(tokenizer: Tokenizer) -> Count:
 def _count(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [len(one.ids) for one in encoded]
+
+
+class ToldBy(Protocol):
+    """What rows are made with: references, and questions that these do not answer."""
+
+    @property
+    def config(self) -> ReaderData: ...
+
+    @property
+    def count(self) -> Count: ...
+
+    def references(
+        self, draw: Draw, count: int, level: Level, *, most_tokens: int | None = None
+    ) -> list[Told]: ...
+
+    def missing(self, draw: Draw, told: Sequence[Told]) -> str | None: ...
 
 
 class Writer:
@@ -95,6 +123,25 @@ class Writer:
         facts = iter(self._draw_facts(draw, sum(sizes)))
         drawn = [[next(facts) for _ in range(size)] for size in sizes]
         return self.tell(draw, drawn, filler=level.filler, most_tokens=most_tokens)
+
+    def missing(self, draw: Draw, told: Sequence[Told]) -> str | None:
+        """A line that asks for what these references do not say; None where none was found.
+
+        Half of these ask for something else of a person whom they name, the others for a subject
+        that they do not name.
+        """
+        texts = "\n".join(one.text for one in told)
+        fact = draw.pick([said.fact for one in told for said in one.said])
+        assert isinstance(fact, EntityFact)
+        others = [name for name in _OF_PERSONS if name != fact.relation]
+        # Once: in a second place a name may be somebody's spouse, and have one thereby.
+        if draw.chance(0.5) and len(others) < len(_OF_PERSONS) and texts.count(fact.subject) == 1:
+            return ask(draw, EntityFact(fact.subject, draw.pick(others), ()), UNKNOWN)
+        for _ in range(_MOST_TRIES):
+            other = draw.pick(self._of[fact.relation])
+            if other.subject not in texts:
+                return ask(draw, other, UNKNOWN)
+        return None
 
     def tell(
         self,
@@ -172,10 +219,23 @@ def _joined(parts: Sequence[Said | str]) -> str:
     return " ".join(part if isinstance(part, str) else part.sentence for part in parts)
 
 
-def line(draw: Draw, said: Said, level: Level, *, source_wording: bool = False) -> str:
+def line(draw: Draw, said: Said, level: Level) -> str:
     """A line that asks for a fact and answers, or repeats its statement."""
-    if not source_wording and draw.chance(level.repeats):
+    if said.sentence and draw.chance(level.repeats):
         return f"Recall: {said.sentence}"
-    wordings = WORDINGS[said.fact.relation].questions
-    wording = 0 if source_wording else draw.below(len(wordings))
-    return f"Question: {said.fact.question(wording)}\nAnswer: {said.answer}"
+    return ask(draw, said.fact, said.answer)
+
+
+def ask(draw: Draw, fact: EntityFact | Fact, answer: str) -> str:
+    """A line that asks for a fact in one of its wordings, and this answer."""
+    if isinstance(fact, EntityFact):
+        wording = draw.below(len(WORDINGS[fact.relation].questions))
+        return question_line(fact.question(wording), answer)
+    if draw.chance(0.5):
+        return question_line(draw.pick(plain_questions(fact)), answer)
+    return sentence(fact, answer, draw.below(len(COUNTRY_WORDINGS[fact.relation])))
+
+
+def question_line(question: str, answer: str) -> str:
+    """A question and its answer, as `strata eval memory` asks."""
+    return f"Question: {question}\nAnswer: {answer}"

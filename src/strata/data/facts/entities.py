@@ -10,6 +10,7 @@ Source: Sciavolino et al., "Simple Entity-Centric Questions Challenge Dense Retr
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
@@ -49,6 +50,12 @@ class EntityFact:
     def question(self, wording: int) -> str:
         """One of the relation's questions; 0 is the source's own."""
         return WORDINGS[self.relation].questions[wording].replace("{s}", self.subject)
+
+    @property
+    def held_out(self) -> int:
+        """The question that is kept for asking where the fact itself is trained."""
+        digest = hashlib.sha256(f"{self.relation}\n{self.subject}".encode()).digest()
+        return digest[0] % len(WORDINGS[self.relation].questions)
 
 
 def state(wording: str, subject: str, answer: str) -> str:

@@ -4,6 +4,9 @@ Facts and articles are an extract of the CIA World Factbook (CC0, see LICENSE-fa
 `extract.py`. Every fact is stated in four of its relation's wordings for training and asked in
 the fifth; which one is held out differs from fact to fact, so every wording is seen in training
 for other countries, and no question is ever a training sentence.
+
+For what is taught to be read instead of known, it is the countries that are split: no text of the
+reader's has a fact, or a part of the article, of those in `held_out_countries()`.
 """
 
 from __future__ import annotations
@@ -53,6 +56,36 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# By relation: the wordings that are statements once they are completed, and what the paragraph of
+# an article is called in which the fact stands.
+STATEMENTS = (0, 1, 3)
+PARAGRAPHS = {
+    "capital": "capital",
+    "highest point": "elevation",
+    "internet code": "internet country code",
+    "independence": "independence",
+    "aircraft prefix": "aircraft registration prefix",
+}
+
+# About a third of the countries: those of which the train file of EntityQuestions asks nothing, by
+# this or another name. A hash would be the plainer rule, but a reader learns from those questions
+# too, and would have met half of what it held out.
+_HELD_OUT = """
+Akrotiri (Sovereign Base)|American Samoa|Andorra|Anguilla|Antigua and Barbuda|Armenia
+Ashmore and Cartier Islands|Azerbaijan|Belgium|Bolivia|Bouvet Island
+British Indian Ocean Territory|Burma|Cambodia|Cameroon|Clipperton Island
+Cocos (Keeling) Islands|Costa Rica|Croatia|Cuba|Cyprus|Dhekelia (Sovereign Base)|Djibouti
+Dominican Republic|Ecuador|Equatorial Guinea|Falkland Islands|Faroe Islands|Fiji
+French Southern and Antarctic Lands|Ghana|Gibraltar|Greece|Grenada|Guam|Guatemala|Guernsey
+Guinea-Bissau|Heard Island and McDonald Islands|Honduras|Hong Kong|Hungary|Isle of Man
+Jan Mayen|Jersey|Kosovo|Kyrgyzstan|Latvia|Macau|Malaysia|Maldives|Mali|Mexico|Moldova|Mongolia
+Morocco|Mozambique|Niger|Norfolk Island|Norway|Oman|Pakistan|Panama|Paraguay|Peru
+Pitcairn Islands|Saint Barthelemy|Saint Helena|Saint Martin|Saint Pierre and Miquelon
+Saint Vincent and the Grenadines|San Marino|Sao Tome and Principe|Seychelles|Sierra Leone
+Singapore|The Bahamas|Tokelau|Tonga|Tunisia|Turkey|US Pacific Island Wildlife Refuges
+US Virgin Islands|United Arab Emirates|Vanuatu|Vatican City (Holy See)|West Bank|Western Sahara
+"""
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -83,20 +116,16 @@ def load_facts() -> list[Fact]:
     return [Fact(**json.loads(line)) for line in text.splitlines()]
 
 
+def held_out_countries() -> frozenset[str]:
+    """The countries that no reader is taught with: it is asked about them."""
+    return frozenset(_HELD_OUT.strip().replace("\n", "|").split("|"))
+
+
 def load_articles() -> dict[str, str]:
     """By country, some 1,000 characters of the Factbook, in which its facts stand too."""
     text = resources.files(__package__).joinpath("articles.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return {row["country"]: row["text"] for row in rows}
-
-
-def held_out_countries() -> frozenset[str]:
-    """Countries of which a reader is taught nothing: two in five, by a hash of their names."""
-    return frozenset(
-        country
-        for country in load_articles()
-        if hashlib.sha256(country.encode()).digest()[0] % 5 < 2
-    )
 
 
 def training_statements(facts: Sequence[Fact]) -> list[Statement]:
@@ -114,11 +143,16 @@ def question(fact: Fact) -> Statement:
     return _state(fact, fact.held_out)
 
 
+def sentence(fact: Fact, answer: str, wording: int) -> str:
+    """A wording completed with this answer, whether it is the fact's own or another."""
+    return f"{WORDINGS[fact.relation][wording].format(country=fact.country)} {answer}."
+
+
 def plain_questions(fact: Fact) -> tuple[str, str]:
-    """What the fact answers, as one asks, in two wordings: "What is the capital of Chad?"."""
-    asked = [w for w in WORDINGS[fact.relation] if "?" in w]
-    one, other = (w.removeprefix("Question: ").partition("?")[0] + "?" for w in asked)
-    return one.format(country=fact.country), other.format(country=fact.country)
+    """The questions in two of the wordings, without what introduces question and answer."""
+    asked = (WORDINGS[fact.relation][wording].format(country=fact.country) for wording in (2, 4))
+    one, other = (text.removeprefix("Question: ").partition("?")[0] + "?" for text in asked)
+    return one, other
 
 
 def _state(fact: Fact, wording: int) -> Statement:
