@@ -40,7 +40,8 @@ RATES = ((1e-3, 0.5), (1e-3, 0.5), (7e-4, 0.5), (5e-4, 0.5), (5e-4, 0.5), (5e-4,
 ROWS_OF_STAGES = {"text": T4, "memory": M3}
 
 # Ablations. Arms by name: keys of `strata reader train`, or `data.` and a key of `strata reader
-# data`; all others are the paper's choices. Arms that come to the same are run once.
+# data`; all others are the paper's choices, but for the layers, which are the last half, as the
+# reader's. Arms that come to the same are run once.
 SELECTOR, KEPT = "stages.arm.selector", "stages.arm.tokens_per_head"
 LAYERS, REACH = "common.reading.memory.layers", "common.reading.reach"
 MARKER, POSITIONS = "common.reading.memory.marker", "common.reading.memory.positions"
@@ -174,10 +175,13 @@ def stage_arms(*, tokens: int, overrides: Sequence[str] = ()) -> list[Arm]:
         for number, (level, (lr, ratio)) in enumerate(zip(levels, RATES, strict=True), start=1):
             kept = DENSE if level.startswith("memory/") else {}
             tree["stages"][f"part{number}"] = stage(level, steps, lr=lr, min_ratio=ratio) | kept
+        memory = tree["common"]["reading"]["memory"]
+        del memory["layers"]  # of the reader's own depth
         for override in overrides:
             apply_override(tree, override)
+        depth = tree["model"]["host"]["num_hidden_layers"]
+        memory.setdefault("layers", half_of_layers("last", depth))
         # What an arm without memories is asked with, too.
-        memory = tree["common"].get("reading", {}).get("memory", {})
         tree["probe"]["memory"] = memory | DENSE | (tree["probe"].get("memory") or {})
         arms.append(Arm(name, name, tree, {}))
     return arms
@@ -193,7 +197,7 @@ def ablation_arms(
     made_with: Mapping[str, Any],
     overrides: Sequence[str] = (),
 ) -> list[Arm]:
-    """The paper's choices, then each arm of each ablation.
+    """The reader's own choices, then each arm of each ablation.
 
     Args:
         model: that all begin with.
@@ -217,6 +221,7 @@ def ablation_arms(
             "probe": own.probe.model_dump(mode="json") | {"every": None, "ways": ASKED},
             "stages": {"arm": stage(level, steps, lr=lr, min_ratio=0.1) | PAPER},
         }
+        tree["common"]["reading"]["memory"]["layers"] = half_of_layers("last", num_layers)
         for override in overrides:
             apply_override(tree, override)
         texts = {}

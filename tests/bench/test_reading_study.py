@@ -42,9 +42,9 @@ COMMON = (
     "probe.questions=4", "probe.answer_tokens=3", "probe.batch_size=4", "common.run.device=cpu",
 )  # fmt: skip
 ABLATION = ("--steps", "2", "--rows", "4", *COMMON, "stages.arm.batch_size=2")
-# The paper's choices: what an arm of every ablation comes to.
-PAPER = {
-    "base", "tokens_per_head/8", "layers/first_half", "references/5", "interval/64",
+# The choices of the reader: what an arm of every ablation comes to.
+OWN = {
+    "base", "tokens_per_head/8", "layers/last_half", "references/5", "interval/64",
     "positions/parallel", "marker/reference", "gradient/through_encoding", "query/own_chunk",
     "selectors/attention",
 }  # fmt: skip
@@ -125,10 +125,10 @@ def test_every_arm_is_accepted_and_changes_something(modules: Any, data: Path) -
         settings = recipe.model_dump_json() + str(config.probe.asked) + str(arm.data_keys)
         assert seen.setdefault(settings, arm.folder) == arm.folder
     assert len({arm.folder for arm in arms}) == len(seen)
-    assert {arm.name for arm in arms if arm.folder == "base"} == PAPER
+    assert {arm.name for arm in arms if arm.folder == "base"} == OWN
     shared = {arm.name: arm.folder for arm in arms if arm.folder != arm.name.replace("/", "-")}
     assert shared.pop("selectors/all") == "tokens_per_head-all"
-    assert shared.keys() == PAPER - {"base"}
+    assert shared.keys() == OWN - {"base"}
     assert modules.arms.ABLATIONS["selectors"].keys() == SELECTORS.keys()
 
 
@@ -171,7 +171,7 @@ def test_overrides_reach_all_arms_and_an_arm_s_own_win(modules: Any) -> None:
         assert stage.recipe.run.precision == "bf16"
     assert arms["tokens_per_head/all"].folder == "base" != arms["tokens_per_head/8"].folder
     wrong = arms_of(modules, overrides=("common.reading.memory.positions=parallel",))
-    assert {arm.name for arm in wrong if arm.folder == "base"} == PAPER
+    assert {arm.name for arm in wrong if arm.folder == "base"} == OWN
     with pytest.raises(ConfigError, match=r"stage arm, its recipe: .*precison"):
         arms_of(modules, overrides=("common.run.precison=bf16",))
 
@@ -203,7 +203,9 @@ def test_stage_arms_see_as_many_tokens_at_the_same_rates(modules: Any) -> None:
 
 
 def rows_of(modules: Any, data: Path, level: str, *overrides: str) -> Any:
-    (arm, *_) = arms_of(modules, overrides=(*COMMON, *overrides))
+    (arm, *_) = arms_of(
+        modules, num_layers=HOST["num_hidden_layers"], overrides=(*COMMON, *overrides)
+    )
     tree = arm.tree["stages"]["arm"] | modules.arms.stage(level, 1, lr=1.0, min_ratio=1.0)
     tree |= {"batch_size": 3}
     if level.startswith("text/"):

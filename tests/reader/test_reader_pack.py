@@ -40,7 +40,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("packed") / "run"
-    steps = [f"stages.{name}.steps={n}" for name, n in (("text1", 1), ("memory1", 1))]
+    steps = [f"stages.{name}.steps={n}" for name, n in (("text1", 1), ("memory1", 1), ("know", 0))]
     config = read_stages(None, [*SMALL, *steps, "probe.every=null", LAYERS])
     train_reader(data, out=out, config=config, progress=False)
     torch.set_num_threads(threads)

@@ -54,7 +54,8 @@ SMALL = (
     "model.host.num_key_value_heads=2", "model.host.initializer_range=0.3",
     "probe.questions=7", "probe.references=3", "probe.answer_tokens=4", "probe.batch_size=3",
     "probe.every=2", "common.run.validate_batches=1", "common.run.checkpoint_every=3",
-    "common.run.threads=1", "stages.text2.steps=0", "stages.text3.steps=0", "stages.text4.steps=0",
+    "common.run.threads=1", "common.run.precision=fp32", "common.reading.memory.layers=null",
+    "stages.text2.steps=0", "stages.text3.steps=0", "stages.text4.steps=0",
     "stages.memory2.steps=0", "stages.text1.steps=4", "stages.memory1.steps=5",
     "stages.memory3.steps=2", "stages.memory3.level=memory/level1",
     "stages.memory3.sequence_tokens=128", "stages.memory3.tokens_per_head=4",
@@ -181,7 +182,7 @@ def test_looks_hold_what_was_asked_for(data: Path, taught: Path, tmp_path: Path)
         seen.append((model.training, torch.is_grad_enabled()))
         return {"draw": float(torch.rand(()))}
 
-    text_only = ("stages.memory1.steps=0", "stages.memory3.steps=0")
+    text_only = [f"stages.{name}.steps=0" for name in ("memory1", "memory3", "know")]
     ways = ("probe.ways=[memory_2, none]", "probe.memory={tokens_per_head: 3}")
     teach(data, tmp_path, *text_only, *ways, measure=measure)
     looks = read_looks(tmp_path)

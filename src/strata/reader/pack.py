@@ -34,7 +34,7 @@ from strata.reader.train import STAGES_NAME, keep_shared, shared_files
 CARD_NAME = "reader.json"
 MAX_MB = 16  # of the whole folder, so that a package can hold it
 _EVERY = ("eval/test/questions.jsonl", "eval/test/bank/references.jsonl")  # beside the shared ones
-_MAY_BE = (ORIGIN_NAME,)
+_MAY_BE = (ORIGIN_NAME, "eval/know/questions.jsonl")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def pack_reader(run: Path, *, data: Path, out: Path, stage: str | None = None) -
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     opened, tokenizer = load(unfinished)  # what is asked is what was written
-    answers = Probe(data / "eval" / "val", config.probe).ask(opened.float(), tokenizer, memory)
+    probe = Probe(data / "eval" / "val", config.probe, known=data / "eval" / "know")
+    answers = probe.ask(opened.float(), tokenizer, memory)
     exact = {way: result.exact for way, result in answers.items()}
     card = {
         "stage": last.dir.name,
