@@ -1,12 +1,14 @@
 """Memory layers and a bank in one reader: what each knows, and what changing the bank changes.
 
     strata reader data --out DATA
-    strata reader train --data DATA --out RUN 'memory={layers: [...], ...}'
-    python benchmarks/both_memories.py RUN/NN-STAGE/model DATA --out OUT
+    strata reader train --data DATA --out RUN
+    strata reader pack --run RUN --data DATA --out READER
+    python benchmarks/both_memories.py READER DATA --out OUT
 
-DATA/eval/know/questions.jsonl asks for facts that the memory layers were taught,
-DATA/eval/test/questions.jsonl for facts that no training text holds, which stand in the references
-of DATA/eval/test/bank. These become a bank (OUT/bank; run again, it is gone on with).
+READER says how it reads memories, and the bank is written so (OUT/bank; run again, it is gone on
+with): of the references of DATA/eval/test/bank, whose facts no training text holds.
+DATA/eval/test/questions.jsonl asks for these, DATA/eval/know/questions.jsonl for facts that the
+memory layers were taught.
 
 knowledge   both sets of questions, given nothing and given the bank, with the memory layers as they
             are and with all of them adding nothing. The bank's memories stay those that were
@@ -46,7 +48,7 @@ from strata.evals.questions import (
 )
 from strata.explicit.documents import read_documents
 from strata.explicit.source import open_retriever
-from strata.models import load
+from strata.quickstart.decoder import Reader, open_reader
 
 ANSWER_TOKENS = 16
 FORMATS = ("none", "explicit")
@@ -56,16 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="folder of a reader with memory layers")
+    parser.add_argument("reader", type=Path, help="a packed reader with memory layers")
     parser.add_argument("data", type=Path, help="folder of strata reader data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=300, help="first questions of each set")
     parser.add_argument("--changes", type=int, default=150, help="records to change")
     parser.add_argument("--top-k", type=int, default=5)
-    parser.add_argument("--tokens-per-head", type=int, default=8)
     parser.add_argument("--embedder", default="minilm", help="none: search by words alone")
     options = parser.parse_args(arguments)
-    for name in ("limit", "changes", "top_k", "tokens_per_head"):
+    for name in ("limit", "changes", "top_k"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     try:
@@ -76,8 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure everything and write both files."""
-    model, tokenizer = load(options.model)
-    model.float()
+    reader = open_reader(options.reader, options.out / "reader")
+    if not reader.learned:
+        raise ModelError(
+            f"{options.reader} is no packed reader: make one with strata reader pack --out READER"
+        )
+    model, tokenizer = reader.model, reader.tokenizer
     with layers_off(model):
         pass  # a model without them is refused before anything is made
     test = options.data / "eval" / "test"
@@ -85,9 +90,10 @@ def run(options: argparse.Namespace) -> None:
     sets = {"know": options.data / "eval" / "know" / "questions.jsonl"}
     sets["test"] = test / "questions.jsonl"
     asked = {name: read_questions(path)[: options.limit] for name, path in sets.items()}
-    bank = make_bank(options, model, tokenizer, test / "bank")
+    bank = make_bank(options, reader, test / "bank")
     report = {
-        "model": str(options.model),
+        "reader": str(options.reader),
+        "memory": reader.memory.model_dump(mode="json"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "threads": torch.get_num_threads(),
         "references": len(bank),
@@ -106,19 +112,19 @@ def run(options: argparse.Namespace) -> None:
     print(page)
 
 
-def make_bank(
-    options: argparse.Namespace, model: Any, tokenizer: Any, references: Path
-) -> strata.Bank:
+def make_bank(options: argparse.Namespace, reader: Reader, references: Path) -> strata.Bank:
     """The test references as memories; a bank that was begun is finished."""
     path = options.out / "bank"
     options.out.mkdir(parents=True, exist_ok=True)
     if (path / "bank.json").exists():
-        bank = strata.Bank.open(path).use(model, tokenizer)
+        bank = strata.Bank.open(path).use(reader.model, reader.tokenizer)
     else:
-        config = strata.ExplicitMemoryConfig(tokens_per_head=options.tokens_per_head)
-        embedder = None if options.embedder == "none" else options.embedder
         bank = strata.Bank.create(
-            path, model=model, tokenizer=tokenizer, config=config, embedder=embedder
+            path,
+            model=reader.model,
+            tokenizer=reader.tokenizer,
+            config=reader.memory,
+            embedder=None if options.embedder == "none" else options.embedder,
         )
     bank.add(list(read_documents([references], id_field="id")))
     return bank

@@ -80,6 +80,8 @@ def reader(tmp_path: Path, _tiny_model_master: Path) -> Path:
     torch.nn.init.normal_(table.weight, std=20.0)
     model.save_pretrained(tmp_path / "reader")
     AutoTokenizer.from_pretrained(_tiny_model_master).save_pretrained(tmp_path / "reader")
+    card = {"memory": {"layers": [1], "tokens_per_head": 3}}
+    (tmp_path / "reader" / "reader.json").write_text(json.dumps(card), encoding="utf-8")
     return tmp_path / "reader"
 
 
@@ -108,6 +110,7 @@ def test_it_runs_and_goes_on(
     page = (out / "both_memories.md").read_text()
     assert "| 3 of test | off |" in page and page in capsys.readouterr().out
     bank = strata.Bank.open(out / "bank")
+    assert bank.settings.config.layers == (1,) and bank.settings.config.tokens_per_head == 3
     bank.remove(["t-2"])  # as if a run had been killed
     script.main(command)
     assert json.loads((out / "both_memories.json").read_text())["references"] == 6
@@ -177,6 +180,14 @@ def test_wrong_input_is_one_line(
     said = str(ended.value)
     assert said.startswith("error: ") and Path(lost).name in said and "\n" not in said
     assert not (tmp_path / "out" / "bank").exists()
+
+
+def test_a_decoder_that_does_not_say_how_it_reads_is_refused(
+    script: ModuleType, data: Path, reader: Path, tmp_path: Path
+) -> None:
+    (reader / "reader.json").unlink()
+    with pytest.raises(SystemExit, match="is no packed reader: make one with strata reader pack"):
+        script.main([str(reader), str(data), "--out", str(tmp_path / "out")])
 
 
 def test_a_record_that_is_not_there_is_said(
