@@ -31,6 +31,7 @@ import shlex
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +63,7 @@ from strata.reader.data import make_data
 from strata.reader.probe import Probe
 from strata.reader.settings import ReaderData
 from strata.reader.stages import Planned, ReaderTraining, plan_stages
-from strata.reader.train import train_reader
+from strata.reader.train import shared_files, train_reader
 from strata.train import Recipe
 from strata.train.recipe import MAY_DIFFER_ON_RESUME
 
@@ -71,17 +72,11 @@ INTERRUPTED = 130
 
 Measure = Callable[[Any], Mapping[str, float]]
 
-# What texts with other chunks must have in common with DATA.
-_SHARED = (
-    "tokenizer/tokenizer.json",
-    "eval/val/questions.jsonl",
-    "eval/val/bank/references.jsonl",
-)  # fmt: skip
 # Of an arm that is only asked these decide nothing.
 _OF_TRAINING = ("steps", "lr", "warmup", "min_ratio")
 
 
-class Study:
+class Study(ABC):
     """Arms, and how each is run and asked.
 
     Args:
@@ -101,13 +96,13 @@ class Study:
         if not (self.data / "eval" / "val").is_dir():
             raise DataError(f"no reader's data at {self.data}: make it with strata reader data")
 
+    @abstractmethod
     def measure(self, arm: Arm, seed: int) -> Measure:
         """What is measured of an arm's model beside the probe."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, header: Mapping[str, Any]) -> list[Path]:
         """Tables and pictures of the arms that are done."""
-        raise NotImplementedError
 
     def chosen(self) -> list[Arm]:
         """The arms that were asked for, each folder once.
@@ -270,8 +265,9 @@ class Study:
             tokenizer=self.data / "tokenizer",
             say=lambda line: print(f"{arm.name}: {line}", flush=True),
         )
-        for name in _SHARED:
-            if _sha256(folder / name) != _sha256(self.data / name):
+        made = shared_files(folder)
+        for name, sha256 in shared_files(self.data).items():
+            if made[name] != sha256:
                 (folder / "report.json").unlink()
                 raise DataError(
                     f"{folder / name} came out otherwise than that of {self.data}: delete {folder} "
@@ -350,9 +346,10 @@ class Ablations(Study):
 
 def data_sha256(data: Path, levels: set[str]) -> str:
     """Of the tokenizer, the questions and the manifests of some levels, which hash the rest."""
-    names = [*_SHARED, *(f"{level}/tokens/manifest.json" for level in sorted(levels))]
+    names = [f"{level}/tokens/manifest.json" for level in sorted(levels)]
     names += [f"{x}/references/manifest.json" for x in sorted(levels) if x.startswith("memory/")]
-    whole = "\n".join(f"{name} {_sha256(data / name)}" for name in names)
+    digests = shared_files(data) | {name: _sha256(data / name) for name in names}
+    whole = "\n".join(f"{name} {sha256}" for name, sha256 in digests.items())
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
