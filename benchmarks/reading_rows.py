@@ -68,7 +68,7 @@ class Rows:
             own_bc = given.get("own_references")
             wanted_b = None if own_bc is None else (own_bc >= 0).any(1)
             if reading is not None and own_bc is not None:
-                per_chunk = (reading._reading._within_reach(own_bc) >= 0).sum(-1).float()
+                per_chunk = (reading.reading.within_reach(own_bc) >= 0).sum(-1).float()
                 read += per_chunk[per_chunk > 0].tolist()
             nats_bt, right_bt, spans = self._score(model, given, reading)
             for row in range(len(nats_bt)):

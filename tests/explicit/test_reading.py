@@ -153,7 +153,7 @@ def test_places_that_nobody_reads_are_left_out(
         got = model(input_ids=ids).logits
     # The marker stands in every layer, memories in the first half of them.
     assert set(places) == {len(reading.marker_ids), len(reading.marker_ids) + 8}
-    monkeypatch.setattr(reading_module, "_filled", lambda *states: states)
+    monkeypatch.setattr(reading_module, "filled", lambda *states: states)
     with torch.no_grad(), reading(memories, own_bc):
         torch.testing.assert_close(model(input_ids=ids).logits, got, atol=1e-5, rtol=1e-5)
     assert max(places) == len(reading.marker_ids) + REACH * 16

@@ -31,13 +31,12 @@ from transformers import PreTrainedModel
 from strata.explicit.attach.fetch import AttachError
 from strata.explicit.attach.pieces import Query
 from strata.explicit.attach.placing import marker_states
+from strata.explicit.chunk_reading import ChunkReading, filled
 from strata.explicit.encode import marker_ids
 from strata.explicit.host import Host
 from strata.explicit.memories import Memories
 from strata.explicit.settings import ExplicitMemoryConfig
 from strata.ops.memory_attention import memory_attention
-
-_UNSUPPORTED = ("s_aux", "position_bias", "cache")
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,8 @@ class Reading:
         self.chunk_tokens = chunk_tokens
         self.reach = reach
         self.query = query
-        self.reference_tokens = config.reference_tokens
-        self.positions = config.positions
-        self._read: _Read | None = None
+        self._config = config
+        self._read: ChunkReading | None = None
         self._again = False
 
     @contextmanager
@@ -135,8 +133,8 @@ class Reading:
                     f"documents of {tuple(documents.of_chunks_bc.shape)} chunks and "
                     f"{tuple(tokens)} tokens do not fit own_bc of {b} rows and {c} chunks"
                 )
-        index_bcr = self._within_reach(own_bc)
-        if self.positions == "sequential":
+        index_bcr = self.within_reach(own_bc)
+        if self._config.positions == "sequential":
             index_bcr = index_bcr.flip(-1)
         held_bcnr = None if documents is None else self._asked(documents, own_bc.shape[1])
         with self._of_chunks(memories, index_bcr, held_bcnr, shared=False):
@@ -172,7 +170,7 @@ class Reading:
                 f"({len(self.shape.heads)}, {self.shape.tokens}, {self.shape.head_dim}): encode "
                 "them with the same settings"
             )
-        if held_bcnr is not None and self.positions == "sequential":
+        if held_bcnr is not None and self._config.positions == "sequential":
             raise AttachError(
                 "at sequential positions all tokens of a chunk read the same memories: let them do "
                 "so, or set positions to parallel"
@@ -194,8 +192,9 @@ class Reading:
             stack.enter_context(self._reads(read, again=False))
             yield
 
-    def _within_reach(self, states_bc: Tensor) -> Tensor:
-        """(b, c, reach): of each chunk those of the chunks it reads from, the nearest last."""
+    def within_reach(self, states_bc: Tensor) -> Tensor:
+        """(b, c, reach): of each chunk those of the chunks it reads from, the nearest last; -1
+        where there is none."""
         late = int(self.query == "previous")
         states_bc = F.pad(states_bc.to(self.host.device), (self.reach - 1 + late, -late), value=-1)
         return states_bc.unfold(1, self.reach, 1)
@@ -203,24 +202,34 @@ class Reading:
     def _asked(self, documents: Documents, chunks: int) -> Tensor:
         """(b, c, n, reach): whether a token's document asked for what its chunk may read."""
         n, device = self.chunk_tokens, self.host.device
-        asked_bcr = self._within_reach(documents.of_chunks_bc)
+        asked_bcr = self.within_reach(documents.of_chunks_bc)
         asks_bt = documents.of_tokens_bt.to(device)
         asks_bt = F.pad(asks_bt, (0, chunks * n - asks_bt.shape[1]), value=-1)
         return asks_bt.unflatten(1, (-1, n))[..., None] == asked_bcr[:, :, None]
 
     def _prepare(
         self, memories: Memories, index_bcr: Tensor, held_bcnr: Tensor | None, *, shared: bool
-    ) -> _Read | None:
+    ) -> ChunkReading | None:
         if not len(memories) or not index_bcr.shape[2]:
             return None
-        memories, index_bcr, held_bcnr = _filled(memories, index_bcr, held_bcnr)
+        memories, index_bcr, held_bcnr = filled(memories, index_bcr, held_bcnr)
         marker = []
         if self.marker_ids:
             marker = marker_states(self.host, self.marker_ids, with_grad=torch.is_grad_enabled())
-        return _Read(self, memories, marker, index_bcr, held_bcnr, shared=shared)
+        return ChunkReading(
+            self.host,
+            memories,
+            marker,
+            index_bcr,
+            held_bcnr,
+            shape=self.shape,
+            config=self._config,
+            chunk_tokens=self.chunk_tokens,
+            shared=shared,
+        )
 
     @contextmanager
-    def _reads(self, read: _Read | None, *, again: bool) -> Iterator[None]:
+    def _reads(self, read: ChunkReading | None, *, again: bool) -> Iterator[None]:
         before = self._read, self._again
         self._read, self._again = read, again
         try:
@@ -231,7 +240,7 @@ class Reading:
 
     @contextmanager
     def _checkpointed(
-        self, layer: nn.Module, func: Callable[..., Any], read: _Read | None
+        self, layer: nn.Module, func: Callable[..., Any], read: ChunkReading | None
     ) -> Iterator[None]:
         """Let this layer read the same when the backward pass computes it again."""
         if isinstance(func, partial) and func.keywords.get("use_reentrant", False):
@@ -285,185 +294,6 @@ class Reading:
             softcap=kwargs.get("softcap"),
         )
         return out.transpose(1, 2).contiguous(), None
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What the chunks read in one layer, as `memory_attention` takes it."""
-
-    keys_bckmd: Tensor
-    values_bckmd: Tensor
-    held_bcknm: Tensor
-
-
-class _Read:
-    """What the chunks of one batch read; each layer is put in place when it is reached."""
-
-    def __init__(
-        self,
-        reading: Reading,
-        memories: Memories,
-        marker: list[tuple[Tensor, Tensor]],
-        index_bcr: Tensor,
-        held_bcnr: Tensor | None,
-        *,
-        shared: bool,
-    ) -> None:
-        self._reading = reading
-        self._host = reading.host
-        self._memories = memories
-        self._marker = marker
-        self._rows, self._chunks, _ = index_bcr.shape
-        self._shared = shared  # by all chunks of a row
-        self._index_bcr = index_bcr.clamp(min=0)
-        self._held_bcnr = (index_bcr >= 0)[:, :, None]
-        if held_bcnr is not None:
-            self._held_bcnr = self._held_bcnr & held_bcnr.to(index_bcr.device)
-        # Positions of each memory's first token, None where one interval serves all.
-        self._at_bcr: Tensor | None = None
-        intervals_bc1 = index_bcr.new_ones(1, 1, 1)
-        if reading.positions == "sequential":
-            reads_bcr = index_bcr >= 0
-            intervals_bc1 = reads_bcr.sum(-1, keepdim=True)
-            self._at_bcr = reads_bcr.cumsum(-1) - 1 - intervals_bc1
-            self._at_bcr *= reading.reference_tokens
-        self._marker_ends_bc1 = -intervals_bc1 * reading.reference_tokens
-        # One who reads nothing does not see the marker either.
-        self._any_bcn1 = self._held_bcnr.any(-1, keepdim=True)
-        self._heads = {
-            layer: (
-                [number for number, (at, _) in enumerate(reading.shape.heads) if at == layer],
-                [head for at, head in reading.shape.heads if at == layer],
-            )
-            for layer in reading.shape.layers
-        }
-
-    def check(self, module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-        """Refuse a call that these memories do not belong to, or that they cannot join."""
-        b, _, t, _ = query.shape
-        needed = -(-t // self._reading.chunk_tokens)
-        chunks = self._held_bcnr.shape[1]
-        if b != self._rows or (chunks != needed and not (self._shared and chunks == 1)):
-            raise AttachError(
-                f"memories were named for {self._rows} rows of {chunks} chunks of "
-                f"{self._reading.chunk_tokens} tokens, the model was given {b} rows of {t} tokens"
-            )
-        if key.shape[2] != t:
-            raise AttachError(
-                f"the model was given {t} tokens behind {key.shape[2] - t} in a cache: chunks are "
-                "counted from a row's first token, so give whole rows and use_cache=False"
-            )
-        if kwargs.get("dropout"):
-            raise AttachError(
-                f"attention dropout {kwargs['dropout']} cannot join with memory: set the model's "
-                "attention_dropout to 0"
-            )
-        for name in _UNSUPPORTED:
-            if kwargs.get(name) is not None:
-                raise AttachError(
-                    f"{type(module).__name__} calls its attention with {name!r}, which memory "
-                    "cannot join; this decoder cannot read memories"
-                )
-
-    def layer(self, layer: int, query: Tensor, position_ids: Tensor | None) -> _Layer | None:
-        """What one layer reads; None for nothing."""
-        parts: list[_Layer] = []
-        if self._marker:
-            parts.append(self._place_marker(layer, query, position_ids))
-        if layer in self._heads:
-            parts.append(self._place_memories(layer))
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        marker, memories = parts
-        b, c = self._rows, self._chunks
-        shape = [max(x, y) for x, y in zip(marker.held_bcknm.shape, memories.held_bcknm.shape,
-                                           strict=True)][:-1]  # fmt: skip
-        return _Layer(
-            torch.cat([marker.keys_bckmd.expand(b, c, -1, -1, -1), memories.keys_bckmd], 3),
-            torch.cat([marker.values_bckmd.expand(b, c, -1, -1, -1), memories.values_bckmd], 3),
-            torch.cat([part.held_bcknm.expand(*shape, -1) for part in parts], 4),
-        )
-
-    def _place_marker(self, layer: int, query: Tensor, position_ids: Tensor | None) -> _Layer:
-        key_kmd, value_kmd = self._marker[layer]
-        m = key_kmd.shape[1]
-        at_bcm = self._marker_ends_bc1 + torch.arange(-m, 0, device=query.device)
-        key_bckmd = self._host.rotate(layer, key_kmd, at_bcm[:, :, None])
-        held_bcknm = self._any_bcn1[:, :, None].expand(-1, -1, -1, -1, m)
-        window = self._host.window(layer)
-        if window is not None:
-            n, t = self._reading.chunk_tokens, query.shape[2]
-            if position_ids is None:
-                position_ids = torch.arange(t, device=query.device)[None]
-            position_ids = F.pad(position_ids, (0, -t % n))
-            away_bcnm = position_ids.unflatten(1, (-1, n))[..., None] - at_bcm[:, :, None]
-            held_bcknm = held_bcknm & (away_bcnm < window)[:, :, None]
-        dtype = query.dtype
-        value_bckmd = value_kmd.to(dtype).expand(*key_bckmd.shape)
-        return _Layer(key_bckmd.to(dtype), value_bckmd, held_bcknm)
-
-    def _place_memories(self, layer: int) -> _Layer:
-        numbers, heads = self._heads[layer]
-        memories, part = self._memories, slice(numbers[0], numbers[-1] + 1)
-        p, k = memories.places_nst.shape[2], self._host.num_kv_heads
-        places_ngp = memories.places_nst[:, part].long()
-        keys_ngpd = memories.keys_nstd[:, part]
-        if self._at_bcr is None:
-            at_ngp = places_ngp - self._reading.reference_tokens
-            keys_ngpd = self._host.rotate(layer, keys_ngpd, at_ngp).to(self._host.dtype)
-            keys_bckmd = self._by_chunk(keys_ngpd, heads)
-        else:  # the same memory stands elsewhere for other chunks
-            at_bckm = self._by_chunk(places_ngp[..., None], heads)[..., 0]
-            at_bckm = at_bckm + self._at_bcr.repeat_interleave(p, -1)[:, :, None]
-            keys_bckmd = self._by_chunk(keys_ngpd, heads)
-            keys_bckmd = self._host.rotate(layer, keys_bckmd, at_bckm).to(self._host.dtype)
-        held_np = torch.arange(p, device=places_ngp.device) < memories.kept_n[:, None]
-        held_bcrp = held_np[self._index_bcr]
-        held_bcnrp = self._held_bcnr[..., None] & held_bcrp[:, :, None]
-        held_bcknm = held_bcnrp.flatten(3)[:, :, None]
-        if len(heads) < k:
-            has_k = torch.zeros(k, dtype=torch.bool, device=places_ngp.device)
-            has_k[heads] = True
-            held_bcknm = held_bcknm & has_k[:, None, None]
-        return _Layer(
-            keys_bckmd,
-            self._by_chunk(memories.values_nstd[:, part].to(self._host.dtype), heads),
-            held_bcknm,
-        )
-
-    def _by_chunk(self, states_ngpd: Tensor, heads: list[int]) -> Tensor:
-        """(n, g, p, d) of memories as (b, c, k, r * p, d) of chunks."""
-        k = self._host.num_kv_heads
-        if len(heads) < k:
-            wide = states_ngpd.new_zeros(len(states_ngpd), k, *states_ngpd.shape[2:])
-            states_ngpd = wide.index_copy(1, torch.tensor(heads, device=wide.device), states_ngpd)
-        b, c, r = self._index_bcr.shape
-        chosen = states_ngpd.index_select(0, self._index_bcr.flatten())
-        return chosen.view(b, c, r, *states_ngpd.shape[1:]).transpose(2, 3).flatten(3, 4)
-
-
-def _filled(
-    memories: Memories, index_bcr: Tensor, held_bcnr: Tensor | None
-) -> tuple[Memories, Tensor, Tensor | None]:
-    """The same without places that no memory fills, and columns in which no chunk reads.
-
-    Dense memories of short references and rows of few chunks are mostly that.
-    """
-    longest = int(memories.kept_n.max())
-    if longest < memories.places_nst.shape[2]:
-        memories = Memories(
-            memories.keys_nstd[:, :, :longest],
-            memories.values_nstd[:, :, :longest],
-            memories.places_nst[:, :, :longest],
-            memories.kept_n,
-        )
-    reads_r = (index_bcr >= 0).flatten(0, 1).any(0)
-    columns = reads_r.nonzero().flatten()
-    if 0 < len(columns) < len(reads_r):
-        index_bcr = index_bcr[..., columns]
-        if held_bcnr is not None and held_bcnr.shape[3] > 1:
-            held_bcnr = held_bcnr[..., columns.to(held_bcnr.device)]
-    return memories, index_bcr, held_bcnr
 
 
 def _forward() -> bool:

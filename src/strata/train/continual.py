@@ -107,6 +107,9 @@ class ContinualReading:
         config: how they are written and read.
         document_mask: documents of a row do not read each other's references.
 
+    Attributes:
+        reading: reads for the batches.
+
     Raises:
         HostError: the model cannot have explicit memory, or not as `config.memory` asks.
         ConfigError: references longer than the decoder's positions.
@@ -125,7 +128,7 @@ class ContinualReading:
         self._batch_size, self._detach = config.encode_batch, config.detach
         self._document_mask = document_mask
         self._encoder = Encoder(Host(model), tokenizer, config.memory)
-        self._reading = Reading(
+        self.reading = Reading(
             model,
             tokenizer,
             config.memory,
@@ -160,5 +163,5 @@ class ContinualReading:
                 memories = self._encoder.encode(
                     texts, batch_size=self._batch_size, with_grad=with_grad
                 )
-                stack.enter_context(self._reading(memories, index_bc, documents=documents))
+                stack.enter_context(self.reading(memories, index_bc, documents=documents))
             yield
