@@ -21,6 +21,7 @@ from strata.train.feed import Batch, Feed
 from strata.train.loop import Training, backward, start_or_resume, take_step, validate
 from strata.train.run import RunFolder
 from strata.train.state import DENSE, VALUES, named_weights
+from strata.train.world import World
 
 MakeRecipe = Callable[..., Recipe]
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curves.json"
@@ -30,7 +31,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curves.json"
 def opened(recipe: Recipe) -> Iterator[Training]:
     with RunFolder(recipe) as folder:
         feed = Feed(recipe)
-        yield start_or_resume(recipe, folder=folder, feed=feed, device=torch.device("cpu"))
+        yield start_or_resume(recipe, folder=folder, feed=feed, world=World(torch.device("cpu")))
 
 
 def dense_weights(training: Training) -> dict[str, Tensor]:
