@@ -7,6 +7,8 @@ what to do. Broken invariants of our own code stay `assert`.
 
 from __future__ import annotations
 
+GO_ON = 75  # exit code (EX_TEMPFAIL) where nothing failed and the same command goes on
+
 
 class StrataError(ValueError):
     """Wrong input from a user; its text is one line that says what to do.

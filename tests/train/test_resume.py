@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from strata.errors import CheckpointError, ConfigError
+from strata.errors import GO_ON, CheckpointError, ConfigError
 from strata.train import Recipe, StepEvent, read_metrics, train
 from strata.train import loop as loop_module
 
@@ -278,13 +278,13 @@ def test_ten_random_kills(tiny_recipe_file: Path, tiny_recipe: MakeRecipe, tmp_p
     kill_many_times(tiny_recipe_file, tiny_recipe, tmp_path, num_kills=10, steps=600)
 
 
-def test_sigterm_to_the_command_exits_with_zero(tiny_recipe_file: Path, tmp_path: Path) -> None:
+def test_sigterm_to_the_command_asks_to_go_on(tiny_recipe_file: Path, tmp_path: Path) -> None:
     process = start(tiny_recipe_file, "run.steps=100000")
     while process.poll() is None and newest_step(tmp_path / "run") == 0:
         time.sleep(0.01)
     process.terminate()
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+    assert process.returncode == GO_ON, stderr
     step = newest_step(tmp_path / "run")
     assert (
         f"SIGTERM: stopped after step {step} and saved it, run the same command to go on" in stderr

@@ -78,8 +78,8 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 stopped and to be
-    gone on with by the same command (`strata reader train`), 130 interrupted.
+    Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 stopped and to be gone on
+    with by the same command (`strata train`, `strata reader train`), 130 interrupted.
     """
     from transformers.utils import logging as transformers_logging
 
