@@ -201,6 +201,28 @@ def test_a_signal_finishes_the_step_and_saves(tiny_recipe: MakeRecipe, name: str
     assert (finished.steps, finished.stopped_by) == (12, None)
 
 
+def test_sigterm_twice_still_finishes_the_step(tiny_recipe: MakeRecipe) -> None:
+    """As from a scheduler, and from the launcher that it told too."""
+    recipe = tiny_recipe()
+
+    def send(event: StepEvent) -> None:
+        if event.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped = train(recipe, progress=False, on_step=send)
+    assert (stopped.steps, stopped.stopped_by) == (6, "SIGTERM")
+
+
+def test_sigint_twice_acts_at_once(tiny_recipe: MakeRecipe) -> None:
+    def send(event: StepEvent) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_recipe(), progress=False, on_step=send)
+
+
 def test_handlers_are_given_back(tiny_recipe: MakeRecipe) -> None:
     before = signal.getsignal(signal.SIGTERM)
     train(tiny_recipe(), progress=False)

@@ -123,8 +123,9 @@ class RunFolder:
 class StopRequest:
     """Remembers SIGTERM or SIGINT, so that the loop can finish its step and save.
 
-    The second signal acts at once. Outside the main thread, where Python allows no handlers,
-    signals do what they always do.
+    SIGINT acts at once when a signal came before. SIGTERM never does: a scheduler sends it to every
+    process of a job, and what started this process then sends it once more. Outside the main
+    thread, where Python allows no handlers, signals do what they always do.
 
     Args:
         for_s: also ask to stop after so many seconds; None never does.
@@ -152,8 +153,9 @@ class StopRequest:
         self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        self._restore()
+        if self.signal is None:
+            self.signal = signal.Signals(number).name
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
