@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from strata.errors import GO_ON, CheckpointError, ConfigError
 from strata.train import Recipe, StepEvent, read_metrics, train
 from strata.train import loop as loop_module
+from strata.train.run import LOCK_NAME, is_held
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -221,6 +224,24 @@ def test_sigint_twice_acts_at_once(tiny_recipe: MakeRecipe) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(tiny_recipe(), progress=False, on_step=send)
+
+
+def test_a_look_at_the_lock_does_not_keep_a_run_from_starting(tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe("run.steps=4")
+    recipe.run_dir.mkdir()
+    with (recipe.run_dir / LOCK_NAME).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert not is_held(recipe.run_dir)  # those who look do not see each other
+        threading.Timer(0.1, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        assert train(recipe, progress=False).steps == 4
+
+
+def test_who_trains_holds_the_lock(tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe("run.steps=4")
+    held = []
+    assert not is_held(recipe.run_dir)
+    train(recipe, progress=False, on_step=lambda event: held.append(is_held(recipe.run_dir)))
+    assert held == [True] * 4 and not is_held(recipe.run_dir)
 
 
 def test_handlers_are_given_back(tiny_recipe: MakeRecipe) -> None:
