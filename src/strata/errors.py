@@ -47,6 +47,12 @@ class StorageError(StrataError):
     exit_code = 1
 
 
+class LaunchError(StrataError):
+    """The scheduler does not answer or refused a job, or processes could not find each other."""
+
+    exit_code = 1
+
+
 class DivergenceError(StrataError):
     """The loss or a gradient stopped being a number."""
 
