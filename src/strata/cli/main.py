@@ -15,6 +15,7 @@ from strata.cli.eval import ModelOrVerb, evaluate
 from strata.cli.eval_memory import evaluate_memory
 from strata.cli.generate import generate
 from strata.cli.launch import local as launch_local
+from strata.cli.launch import slurm as launch_slurm
 from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
 from strata.cli.reader import data as reader_data
@@ -57,7 +58,10 @@ data_app.command("prepare")(prepare_data)
 data_app.command("references")(references)
 app.add_typer(data_app, name="data")
 
-launch_app = typer.Typer(help="Training in several processes.", no_args_is_help=True)
+launch_app = typer.Typer(
+    help="Training as a Slurm job, or in several processes.", no_args_is_help=True
+)
+launch_app.command("slurm")(launch_slurm)
 launch_app.command("local")(launch_local)
 app.add_typer(launch_app, name="launch")
 
