@@ -22,6 +22,7 @@ from strata.cli.reader import data as reader_data
 from strata.cli.reader import evaluate as reader_eval
 from strata.cli.reader import pack as reader_pack
 from strata.cli.reader import train as reader_train
+from strata.cli.status import status
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
 from strata.cli.tune import dpo, sft
@@ -35,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(status)
 app.command()(sft)
 app.command()(dpo)
 app.command()(generate)
