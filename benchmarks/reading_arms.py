@@ -101,6 +101,7 @@ ABLATIONS: dict[str, dict[str, Keys]] = {
         "attention": {SELECTOR: "attention"},
         "key_norm": {SELECTOR: "key_norm"},
         "reconstruction": {SELECTOR: "reconstruction"},
+        "expected": {SELECTOR: "expected"},
         "random": {SELECTOR: "random"},
         "all": {SELECTOR: "all"},
     },

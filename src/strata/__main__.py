@@ -1,5 +1,6 @@
-"""`python -m strata`, and with it `torchrun ... -m strata train RECIPE`."""
+"""`python -m strata`: the command line of whichever strata this interpreter finds first."""
 
 from strata.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

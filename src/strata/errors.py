@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+GO_ON = 75  # exit code (EX_TEMPFAIL) where nothing failed and the same command goes on
+
 
 class StrataError(ValueError):
     """Wrong input from a user; its text is one line that says what to do.
@@ -46,6 +48,12 @@ class BankError(StrataError):
 
 class StorageError(StrataError):
     """The disk is full, or a folder cannot be written."""
+
+    exit_code = 1
+
+
+class LaunchError(StrataError):
+    """The scheduler does not answer or refused a job, or processes could not find each other."""
 
     exit_code = 1
 

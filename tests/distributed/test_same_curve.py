@@ -112,7 +112,7 @@ def test_more_processes_learn_what_one_does(
 def test_a_killed_run_goes_on_with_other_processes(
     tiny_recipe: MakeRecipe, tiny_recipe_file: Path, tmp_path: Path
 ) -> None:
-    """Of two one dies at step 7; from step 4 on one goes on, or two; and two with what one began."""
+    """One of two dies at step 7; one goes on from step 4, or two; and two with what one began."""
     whole = tmp_path / "whole"
     train(tiny_recipe(f"run.dir={whole}"), progress=False)
     halves = {"two_then_one": [1, 7], "two_then_two": [0, 7]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -214,6 +215,57 @@ def test_reconstruction_keeps_what_repeating_attends_to(
                 others = best_t.clone()
                 others[kept] = 0
                 assert best_t[kept].min() >= others.max() * (1 - 2e-5)
+
+
+def test_expected_keeps_what_answers_look_for(
+    make_host: MakeHost, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Against a plain forward pass over each invented question, from where its answer begins."""
+    model = make_host("llama", **SHARP)
+    encoder = Encoder(Host(model), tokenizer, _config(layers=(0, 2), selector="expected"))
+    memories = encoder.encode(TEXTS)
+    text = resources.files("strata.explicit").joinpath("invented_questions.txt").read_text()
+    queries: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in encoder.shape.heads}
+    for whole in text.strip().split("\n\n"):
+        begin = len(_ids(tokenizer, whole[: whole.index("Answer:") + len("Answer:")]))
+        caught = _before_rotary(model, [1, *_ids(tokenizer, whole)])
+        for layer, head in encoder.shape.heads:
+            query_rtd = caught[layer]["q_proj"][2 * head : 2 * head + 2]
+            queries[layer, head].append(query_rtd[:, begin:].flatten(0, 1))
+    clear = 0
+    for number, reference in enumerate(TEXTS):
+        caught = _before_rotary(model, encoder.marker_ids + _ids(tokenizer, reference))
+        for slot, (layer, head) in enumerate(encoder.shape.heads):
+            key_td = caught[layer]["k_proj"][head, len(encoder.marker_ids) :]
+            weights_qt = (torch.cat(queries[layer, head]) @ key_td.T * 8**-0.5).softmax(-1)
+            mean_t = weights_qt.mean(0)
+            places = memories.places_nst[number, slot, : memories.kept_n[number]].long()
+            others = mean_t.clone()
+            others[places] = 0
+            assert mean_t[places].min() >= others.max() * (1 - 2e-5)
+            clear += int(mean_t[places].min() > others.max() * 1.001)
+    assert clear >= 3
+
+
+def test_expected_asks_a_model_in_training_anew(
+    make_host: MakeHost, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Once where the weights stay; at every call where they change."""
+    model = make_host("llama", **SHARP)
+    config = _config(layers=(0, 2), selector="expected")
+    encoders = [Encoder(Host(model), tokenizer, config, in_training=x) for x in (False, True)]
+    for encoder, asked in zip(encoders, (1, 2), strict=True):
+        before = encoder.encode(TEXTS, batch_size=len(TEXTS))
+        with _counting([model.model.layers[0]]) as calls:
+            encoder.encode(TEXTS, batch_size=len(TEXTS), with_grad=asked == 2)
+        assert calls == [asked]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    after = encoders[1].encode(TEXTS)
+    _assert_same(after, Encoder(Host(model), tokenizer, config).encode(TEXTS))
+    assert not torch.equal(after.places_nst, before.places_nst)
 
 
 @contextmanager

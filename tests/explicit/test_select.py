@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from dataclasses import replace
+from importlib import resources
 
 import pytest
 import torch
@@ -90,6 +93,42 @@ def test_reconstruction() -> None:
         _valid(make_selector("reconstruction").scores(states)), torch.tensor(want).double()
     )
     assert [name for name in SELECTORS if make_selector(name).repeats] == ["reconstruction"]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_expected(softcap: float | None) -> None:
+    """The mean weight over a reader's queries, whatever the reference itself looks for."""
+    reader_grqd = torch.randn(G, R, Q, D, generator=torch.Generator().manual_seed(2)) * 3
+    states = replace(_states(softcap), reader_queries_grqd=reader_grqd)
+    got = make_selector("expected").scores(states)
+    want = []
+    for n in range(N):
+        for g in range(G):
+            total = [0.0] * LENGTHS[n]
+            for query in reader_grqd[g].flatten(0, 1).tolist():
+                exps = []
+                for j in range(LENGTHS[n]):
+                    key = states.keys_ngtd[n, g, j].tolist()
+                    logit = sum(a * b for a, b in zip(query, key, strict=True)) * 0.4
+                    if softcap:
+                        logit = math.tanh(logit / softcap) * softcap
+                    exps.append(math.exp(logit))
+                for j in range(LENGTHS[n]):
+                    total[j] += exps[j] / sum(exps) / (R * Q)
+            want += total
+    torch.testing.assert_close(_valid(got), torch.tensor(want).double(), atol=1e-6, rtol=2e-5)
+    assert [name for name in SELECTORS if make_selector(name).asks] == ["expected"]
+
+
+def test_the_invented_questions_stay_as_they_are() -> None:
+    """Banks remember the selector by its name: other questions need another name."""
+    text = resources.files("strata.explicit").joinpath("invented_questions.txt").read_bytes()
+    assert hashlib.sha256(text).hexdigest() == (
+        "066f580b0e741f94571b16a983e76d6bd9f0b055cd43aceff09c33463d69055e"
+    )
+    wholes = text.decode().strip().split("\n\n")
+    assert len(wholes) == 32
+    assert all(whole.startswith("Question: ") and "\nAnswer: " in whole for whole in wholes)
 
 
 def test_random_depends_on_text_layer_and_head_only() -> None:

@@ -69,14 +69,14 @@ def test_the_folder_opens_and_says_what_it_is(data: Path, taught: Path, tmp_path
     assert not list(tmp_path.glob("*.tmp"))
 
     model, tokenizer = load(out)
-    trained, its = load(taught / "03-memory3" / "model")
+    trained, its = load(taught / "03-memory2" / "model")
     assert len(model.get_decoder().memory_values) == 1
     for name, tensor in trained.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor.bfloat16()), name
     assert tokenizer("Who? Ada.")["input_ids"] == its("Who? Ada.")["input_ids"]
 
     card = json.loads((out / "reader.json").read_text(encoding="utf-8"))
-    assert card["stage"] == packed.stage == "03-memory3"
+    assert card["stage"] == packed.stage == "03-memory2"
     assert card["parameters"] == packed.num_parameters == sum(p.numel() for p in model.parameters())
     assert card["memory"]["tokens_per_head"] == 4 and card["memory"]["reference_tokens"] == 128
     assert list(card["exact"]) == WAYS and card["num_questions"] == 7 and card["exam"] is None
@@ -90,7 +90,7 @@ def test_the_folder_opens_and_says_what_it_is(data: Path, taught: Path, tmp_path
     }  # fmt: skip
     assert {name: sha256(data / name) for name in sums} == sums
     stages = yaml.safe_load((out / "stages.yaml").read_text(encoding="utf-8"))
-    assert stages["stages"]["memory3"]["tokens_per_head"] == 4
+    assert stages["stages"]["memory2"]["tokens_per_head"] == 4
     assert "threads" not in stages["common"]["run"]
     readme = (out / "README.md").read_text(encoding="utf-8")
     assert f"| {card['exact']['memory_1']:.1%} |" in readme and str(tmp_path) not in readme
@@ -129,7 +129,7 @@ def test_the_quickstart_opens_it(data: Path, taught: Path, tmp_path: Path) -> No
     for name, tensor in packed.state_dict().items():
         assert torch.equal(reader.model.state_dict()[name], tensor.float()), name
         assert torch.equal(wide.state_dict()[name], tensor.float()), name
-    plain = open_reader(taught / "03-memory3" / "model", tmp_path / "other")
+    plain = open_reader(taught / "03-memory2" / "model", tmp_path / "other")
     assert not plain.learned and not (tmp_path / "other").exists()
     (tmp_path / "out" / "reader.json").write_text("[]")
     with pytest.raises(ModelError, match=r"reader\.json says no settings of memory"):
@@ -141,13 +141,13 @@ def test_the_exam_is_packed_without_its_answers(
 ) -> None:
     score = {"format": "text", "accuracy": 0.5, "num_questions": 8, "kib_per_reference": 0.25}
     one = {"found": 0.75, "scores": [score], "records": [{"text": "never shown"}]}
-    report = run_copy / "exam" / "03-memory3" / "report.json"
+    report = run_copy / "exam" / "03-memory2" / "report.json"
     report.parent.mkdir(parents=True)
-    report.write_text(json.dumps({"stage": "03-memory3", "oracle": one, "search": one}))
+    report.write_text(json.dumps({"stage": "03-memory2", "oracle": one, "search": one}))
     command = ("--data", data, "--run", run_copy, "--out", tmp_path / "out")
     code, printed, err = run("reader", "pack", *command)
     assert code == 0, err
-    assert "03-memory3, 0." in printed and "memory_3" in printed
+    assert "03-memory2, 0." in printed and "memory_3" in printed
     card = (tmp_path / "out" / "reader.json").read_text(encoding="utf-8")
     assert json.loads(card)["exam"]["search"] == {"found": 0.75, "scores": [score]}
     assert "never shown" not in card
@@ -164,7 +164,7 @@ def test_what_cannot_be_packed_is_refused(
     out = tmp_path / "out"
     with pytest.raises(ModelError, match="no reader in"):
         pack_reader(tmp_path / "nowhere", data=data, out=out)
-    with pytest.raises(ModelError, match="no stage 'text9': give one of text1, memory1, memory3"):
+    with pytest.raises(ModelError, match="no stage 'text9': give one of text1, memory1, memory2"):
         pack_reader(run_copy, data=data, out=out, stage="text9")
     other = Path(shutil.copytree(data, tmp_path / "other"))
     (other / "eval" / "val" / "questions.jsonl").write_text("{}\n")
@@ -190,6 +190,6 @@ def test_what_cannot_be_packed_is_refused(
     (out / "stale").touch()
     pack_reader(run_copy, data=data, out=out, stage="text1")
     assert not (out / "stale").exists() and sha256(out / "reader.json") != before
-    shutil.rmtree(run_copy / "03-memory3" / "model")
-    with pytest.raises(ModelError, match=r"memory3 .* not finished: .* one of text1, memory1"):
+    shutil.rmtree(run_copy / "03-memory2" / "model")
+    with pytest.raises(ModelError, match=r"memory2 .* not finished: .* one of text1, memory1"):
         pack_reader(run_copy, data=data, out=out)

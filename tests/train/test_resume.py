@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from strata.errors import CheckpointError, ConfigError
+from strata.errors import GO_ON, CheckpointError, ConfigError
 from strata.train import Recipe, StepEvent, read_metrics, train
 from strata.train import loop as loop_module
+from strata.train.run import LOCK_NAME, is_held
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -201,6 +204,46 @@ def test_a_signal_finishes_the_step_and_saves(tiny_recipe: MakeRecipe, name: str
     assert (finished.steps, finished.stopped_by) == (12, None)
 
 
+def test_sigterm_twice_still_finishes_the_step(tiny_recipe: MakeRecipe) -> None:
+    """As from a scheduler, and from the launcher that it told too."""
+    recipe = tiny_recipe()
+
+    def send(event: StepEvent) -> None:
+        if event.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped = train(recipe, progress=False, on_step=send)
+    assert (stopped.steps, stopped.stopped_by) == (6, "SIGTERM")
+
+
+def test_sigint_twice_acts_at_once(tiny_recipe: MakeRecipe) -> None:
+    def send(event: StepEvent) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_recipe(), progress=False, on_step=send)
+
+
+def test_a_look_at_the_lock_does_not_keep_a_run_from_starting(tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe("run.steps=4")
+    recipe.run_dir.mkdir()
+    with (recipe.run_dir / LOCK_NAME).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert not is_held(recipe.run_dir)  # those who look do not see each other
+        threading.Timer(0.1, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        assert train(recipe, progress=False).steps == 4
+
+
+def test_who_trains_holds_the_lock(tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe("run.steps=4")
+    held = []
+    assert not is_held(recipe.run_dir)
+    train(recipe, progress=False, on_step=lambda event: held.append(is_held(recipe.run_dir)))
+    assert held == [True] * 4 and not is_held(recipe.run_dir)
+
+
 def test_handlers_are_given_back(tiny_recipe: MakeRecipe) -> None:
     before = signal.getsignal(signal.SIGTERM)
     train(tiny_recipe(), progress=False)
@@ -278,13 +321,13 @@ def test_ten_random_kills(tiny_recipe_file: Path, tiny_recipe: MakeRecipe, tmp_p
     kill_many_times(tiny_recipe_file, tiny_recipe, tmp_path, num_kills=10, steps=600)
 
 
-def test_sigterm_to_the_command_exits_with_zero(tiny_recipe_file: Path, tmp_path: Path) -> None:
+def test_sigterm_to_the_command_asks_to_go_on(tiny_recipe_file: Path, tmp_path: Path) -> None:
     process = start(tiny_recipe_file, "run.steps=100000")
     while process.poll() is None and newest_step(tmp_path / "run") == 0:
         time.sleep(0.01)
     process.terminate()
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+    assert process.returncode == GO_ON, stderr
     step = newest_step(tmp_path / "run")
     assert (
         f"SIGTERM: stopped after step {step} and saved it, run the same command to go on" in stderr

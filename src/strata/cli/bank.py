@@ -36,7 +36,10 @@ def create(
         str, typer.Option(help="bf16, int8, int4, faiss, or a FAISS factory string")
     ] = "bf16",
     selector: Annotated[
-        str, typer.Option(help="which tokens are kept: attention, key_norm, reconstruction, all")
+        str,
+        typer.Option(
+            help="which tokens are kept: attention, expected, key_norm, reconstruction, all"
+        ),
     ] = "attention",
     tokens: Annotated[int, typer.Option(help="tokens that each head keeps")] = 8,
     reference_tokens: Annotated[int, typer.Option(help="longest reference")] = 128,

@@ -15,12 +15,15 @@ from strata.cli.data import prepare_data, references
 from strata.cli.eval import ModelOrVerb, evaluate
 from strata.cli.eval_memory import evaluate_memory
 from strata.cli.generate import generate
+from strata.cli.launch import local as launch_local
+from strata.cli.launch import slurm as launch_slurm
 from strata.cli.quantize import quantize
 from strata.cli.quickstart import quickstart
 from strata.cli.reader import data as reader_data
 from strata.cli.reader import evaluate as reader_eval
 from strata.cli.reader import pack as reader_pack
 from strata.cli.reader import train as reader_train
+from strata.cli.status import status
 from strata.cli.tokenizer import train_tokenizer
 from strata.cli.train import train
 from strata.cli.tune import dpo, sft
@@ -34,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(status)
 app.command()(sft)
 app.command()(dpo)
 app.command()(generate)
@@ -57,6 +61,13 @@ data_app.command("prepare")(prepare_data)
 data_app.command("references")(references)
 app.add_typer(data_app, name="data")
 
+launch_app = typer.Typer(
+    help="Training as a Slurm job, or in several processes.", no_args_is_help=True
+)
+launch_app.command("slurm")(launch_slurm)
+launch_app.command("local")(launch_local)
+app.add_typer(launch_app, name="launch")
+
 bench_app = typer.Typer(help="Speed, beside the rivals.", no_args_is_help=True)
 bench_app.command("ops")(bench_ops)
 bench_app.command("train")(bench_train)
@@ -79,8 +90,8 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 stopped and to be
-    gone on with by the same command (`strata reader train`), 130 interrupted.
+    Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 stopped and to be gone on
+    with by the same command (`strata train`, `strata reader train`), 130 interrupted.
     """
     from transformers.utils import logging as transformers_logging
 

@@ -10,9 +10,7 @@ from typing import Annotated
 
 import typer
 
-from strata.errors import ConfigError
-
-GO_ON = 75  # EX_TEMPFAIL: nothing failed, the same command goes on
+from strata.errors import GO_ON, ConfigError
 
 
 def data(

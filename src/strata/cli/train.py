@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from strata.errors import GO_ON
 
 if TYPE_CHECKING:
     from strata.models import Counts
@@ -33,7 +36,7 @@ def train(
     """Train a model by a recipe.
 
     If the run folder has checkpoints, training goes on from the newest. SIGTERM finishes the
-    step, saves and exits with 0; Ctrl-C does the same and exits with 130.
+    step, saves and exits with 75; Ctrl-C does the same and exits with 130.
     """
     from strata.config import load_config
     from strata.train import Recipe
@@ -86,9 +89,10 @@ def _train(recipe: Recipe, *, fresh: bool, as_json: bool) -> None:
         result = run_training(recipe, fresh=fresh, progress=not as_json)
     except torch.OutOfMemoryError:
         _fail("the GPU's memory is full: lower data.batch_size and raise run.accumulate as much")
-    print(json.dumps(asdict(result), default=str) if as_json else _summary(result))
-    if result.stopped_by == "SIGINT":
-        raise typer.Exit(130)
+    if int(os.environ.get("RANK", "0")) == 0:  # of the processes of a run, one tells
+        print(json.dumps(asdict(result), default=str) if as_json else _summary(result))
+    if result.stopped_by is not None:
+        raise typer.Exit(130 if result.stopped_by == "SIGINT" else GO_ON)
 
 
 def _summary(result: TrainResult) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from strata.explicit.settings import ExplicitMemoryConfig
 _BEGINNING = "<s>"
 # Asked of the model between a reference and its repetition; KVzip asks nearly the same.
 _REQUEST = "\n\nRepeat the previous context:\n\n"
+_QUESTIONS, _ANSWER = "invented_questions.txt", "\nAnswer:"
 
 
 def marker_ids(tokenizer: Any, marker: str) -> list[int]:
@@ -50,6 +52,8 @@ class Encoder:
         host: the decoder.
         tokenizer: the decoder's own.
         config: layers, heads, selector, marker and lengths.
+        in_training: the model's weights change between calls. Selectors that ask the model first
+            then ask at every call, else once. (Not every optimizer leaves a trace to go by.)
 
     Attributes:
         shape: of each memory.
@@ -61,7 +65,14 @@ class Encoder:
             positions.
     """
 
-    def __init__(self, host: Host, tokenizer: Any, config: ExplicitMemoryConfig) -> None:
+    def __init__(
+        self,
+        host: Host,
+        tokenizer: Any,
+        config: ExplicitMemoryConfig,
+        *,
+        in_training: bool = False,
+    ) -> None:
         self.host = host
         self.config = config
         self.shape = host.memory_shape(config)
@@ -73,16 +84,22 @@ class Encoder:
         self._beginning_ids: list[int] = [] if bos is None else [int(bos)]
         self.marker_ids = marker_ids(tokenizer, config.marker)
         self._embedding: Any = host.model.get_input_embeddings()
+        self._exercises = _exercises(self._tokens) if self._selector.asks else []
+        self._in_training = in_training
+        self._asked: dict[int, Tensor] | None = None  # queries (g, r, q, d) by layer
         self._request_ids = self._tokens.ids([_REQUEST])[0] if self._selector.repeats else []
         longest = len(self.marker_ids) + config.reference_tokens
         if self._selector.repeats:
             longest += len(self._request_ids) + config.reference_tokens
+        for ids, _ in self._exercises:
+            longest = max(longest, len(self._beginning_ids) + len(ids))
         text_config = host.model.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", longest)
         if longest > positions:
             raise ConfigError(
-                f"reference_tokens {config.reference_tokens} makes inputs of {longest} tokens, "
-                f"above the {positions} positions of {type(host.model).__name__}: lower it"
+                f"selector {config.selector} and reference_tokens {config.reference_tokens} make "
+                f"inputs of {longest} tokens, above the {positions} positions of "
+                f"{type(host.model).__name__}: lower reference_tokens, or take another selector"
             )
 
     def encode(
@@ -109,6 +126,7 @@ class Encoder:
                     f"text {number} has {len(row)} tokens, above reference_tokens "
                     f"{self.config.reference_tokens}: cut it with strata.explicit.cut"
                 )
+        self._ask()
         with torch.set_grad_enabled(with_grad), _mode(self.host.model, evaluate=not with_grad):
             return _in_batches(
                 ids, batch_size, partial(self._encode, with_grad=with_grad), Memories.cat
@@ -156,6 +174,7 @@ class Encoder:
             DataError: no text, an empty one, or ids that the decoder does not have.
         """
         ids = self._last_ids(texts)
+        self._ask()
         with torch.no_grad(), _mode(self.host.model, evaluate=True):
             read = partial(self._encode, with_grad=False)
             memories: Memories = _in_batches(ids, batch_size, read, Memories.cat)
@@ -205,6 +224,27 @@ class Encoder:
         keys, values, places = zip(*parts, strict=True)
         kept_n = batch.lengths_n.clamp(max=self.shape.tokens)
         return Memories(torch.cat(keys, 1), torch.cat(values, 1), torch.cat(places, 1), kept_n)
+
+    def _ask(self) -> None:
+        """Find out what the model looks for where it answers questions."""
+        if not self._exercises or (self._asked is not None and not self._in_training):
+            return
+        ids = [ids for ids, _ in self._exercises]
+        batch = _Batch.of(self._beginning_ids, ids, [[] for _ in ids], self.host.device)
+        at_t = torch.arange(batch.longest)
+        answers_nt = torch.stack(
+            [(at_t >= begin) & (at_t < len(i)) for i, begin in self._exercises]
+        )
+        queries: dict[int, Tensor] = {}
+
+        def take(states: _Received) -> None:
+            query_ntgrd = self._queries(batch, states).permute(0, 3, 1, 2, 4)
+            answering_qgrd = query_ntgrd[answers_nt.to(query_ntgrd.device)]
+            queries[states.layer] = answering_qgrd.permute(1, 2, 0, 3)
+
+        with torch.no_grad(), _mode(self.host.model, evaluate=True):
+            self._read(batch.ids_nl, take)
+        self._asked = queries
 
     def _mean_queries(self, ids: Sequence[list[int]]) -> Tensor:
         batch = _Batch.of(self._beginning_ids, ids, [[] for _ in ids], self.host.device)
@@ -281,6 +321,9 @@ class Encoder:
                             if self._selector.repeats
                             else None
                         ),
+                        reader_queries_grqd=(
+                            None if self._asked is None else self._asked[states.layer]
+                        ),
                     )
                 )
             places_ngk = keep_highest(scores_ngt, valid_nt, tokens=self.shape.tokens)
@@ -336,6 +379,20 @@ def key_vectors(memories: Memories) -> Tensor:
     # Empty places hold zeros, so that the sum is over what was kept.
     sum_nsd = memories.keys_nstd.float().sum(2)
     return sum_nsd / memories.kept_n[:, None, None]
+
+
+def _exercises(tokens: Tokens) -> list[tuple[list[int], int]]:
+    """Token ids of each invented question with its answer, and where the first query stands that
+    looks for the answer."""
+    text = resources.files(__package__).joinpath(_QUESTIONS).read_text(encoding="utf-8")
+    wholes = text.strip().split("\n\n")
+    prompts = [whole[: whole.index(_ANSWER) + len(_ANSWER)] for whole in wholes]
+    found = []
+    for whole, prompt in zip(tokens.ids(wholes), tokens.ids(prompts), strict=True):
+        same = [a == b for a, b in zip(whole, prompt, strict=False)]
+        begin = same.index(False) if False in same else len(same)
+        found.append((list(whole), max(0, begin - 1)))
+    return found
 
 
 class _Enough(Exception):

@@ -36,6 +36,8 @@ class LayerStates:
         softcap: bound of its logits by tanh; None for most decoders.
         make_queries: gives queries_ngrtd; called by who reads them.
         make_repeat_weights: gives repeat_weights_ngrqt; None unless the selector `repeats`.
+        reader_queries_grqd: queries of tokens that answer questions, see `Expected`, before rotary
+            positions, fp32; None unless the selector `asks`.
     """
 
     layer: int
@@ -48,6 +50,7 @@ class LayerStates:
     softcap: float | None
     make_queries: Callable[[], Tensor] = field(repr=False)
     make_repeat_weights: Callable[[], Tensor] | None = field(default=None, repr=False)
+    reader_queries_grqd: Tensor | None = field(default=None, repr=False)
 
     @cached_property
     def queries_ngrtd(self) -> Tensor:
@@ -72,9 +75,11 @@ class Selector(ABC):
     Attributes:
         repeats: the forward pass goes on to repeat the reference, at more than twice the cost,
             and `LayerStates.repeat_weights_ngrqt` exists.
+        asks: the model first answers some questions, and `LayerStates.reader_queries_grqd` exists.
     """
 
     repeats: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, states: LayerStates) -> Tensor:
@@ -138,6 +143,28 @@ class Reconstruction(Selector):
         return states.repeat_weights_ngrqt.amax(dim=(2, 3))
 
 
+class Expected(Selector):
+    """The attention that a token can expect from those who will read the memory.
+
+    The mean weight that it gets, among its reference's tokens, from the queries of a reader who
+    answers questions: what the model looks for at each token of its answers to the invented ones of
+    `invented_questions.txt`, with nothing to read, before rotary positions. Nothing of them is in
+    any text; they say what kind of token is asked for, not which.
+
+    As in Expected Attention, which takes a normal distribution for the queries to come; ours takes
+    a sample of them, and no values.
+
+    Source: "Expected Attention" (arXiv 2510.00636).
+    """
+
+    asks = True
+
+    def scores(self, states: LayerStates) -> Tensor:
+        assert states.reader_queries_grqd is not None, "only selectors with `asks` get these"
+        query_gqd = states.reader_queries_grqd.flatten(1, 2)
+        return _weights(query_gqd, states).mean(2)
+
+
 class Random(Selector):
     """Tokens by chance, for comparison; the same ones whenever the same text is encoded."""
 
@@ -167,9 +194,18 @@ SELECTORS: dict[str, type[Selector]] = {
     "attention": Attention,
     "key_norm": KeyNorm,
     "reconstruction": Reconstruction,
+    "expected": Expected,
     "random": Random,
     "all": All,
 }
+
+
+def _weights(query_xgqd: Tensor, states: LayerStates) -> Tensor:
+    """Softmax over each reference's tokens, (n, g, q, t), without positions and causal mask."""
+    logits_ngqt = query_xgqd @ states.keys_ngtd.mT * states.scaling
+    if states.softcap is not None:
+        logits_ngqt = torch.tanh(logits_ngqt / states.softcap) * states.softcap
+    return logits_ngqt.masked_fill(~states.valid_nt[:, None, None], -torch.inf).softmax(-1)
 
 
 def make_selector(name: str) -> Selector:

@@ -127,7 +127,7 @@ class ContinualReading:
         self._references = references
         self._batch_size, self._detach = config.encode_batch, config.detach
         self._document_mask = document_mask
-        self._encoder = Encoder(Host(model), tokenizer, config.memory)
+        self._encoder = Encoder(Host(model), tokenizer, config.memory, in_training=True)
         self.reading = Reading(
             model,
             tokenizer,

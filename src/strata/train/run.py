@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 LOCK_NAME = ".lock"
 _TEMPORARY_MODEL = ".unfinished_model"
+_LOCK_WAIT_S = 0.2  # how long a lock may be held by someone who only looks, see `is_held`
 
 
 class RunFolder:
@@ -63,13 +65,11 @@ class RunFolder:
         with storage_errors(f"opening {self.dir}", consequence="choose another run.dir"):
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = (self.dir / LOCK_NAME).open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(self._lock, for_s=_LOCK_WAIT_S):
             self._lock.close()
             raise ConfigError(
                 f"another process is training in {self.dir}: wait for it or choose another run.dir"
-            ) from None
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -129,11 +129,38 @@ class RunFolder:
         temporary.rename(self.model_dir)
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether a process of this machine trains in the folder; of another, if the disk says so."""
+    try:
+        with (run_dir / LOCK_NAME).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _take(lock: IO[bytes], *, for_s: float) -> bool:
+    """Lock the file for this process alone, trying for some time; whether that was possible."""
+    until_s = time.monotonic() + for_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until_s:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
+
+
 class StopRequest:
     """Remembers SIGTERM or SIGINT, so that the loop can finish its step and save.
 
-    The second signal acts at once. Outside the main thread, where Python allows no handlers,
-    signals do what they always do.
+    SIGINT acts at once when a signal came before. SIGTERM never does: a scheduler sends it to every
+    process of a job, and what started this process then sends it once more. Outside the main
+    thread, where Python allows no handlers, signals do what they always do.
 
     Args:
         for_s: also ask to stop after so many seconds; None never does.
@@ -161,8 +188,9 @@ class StopRequest:
         self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        self._restore()
+        if self.signal is None:
+            self.signal = signal.Signals(number).name
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -35,7 +35,7 @@ class StepReading:
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )
         self._batch_size, self._with_grad = config.encode_batch, with_grad
-        self._encoder = Encoder(Host(decoder), tokenizer, config.memory)
+        self._encoder = Encoder(Host(decoder), tokenizer, config.memory, in_training=True)
         self._reading = Reading(decoder, tokenizer, config.memory, chunk_tokens=config.chunk_tokens)
 
     @contextmanager

@@ -1,0 +1,1 @@
+"""Starting runs elsewhere and in several processes, and looking at them; imported by cli only."""
