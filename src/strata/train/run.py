@@ -198,8 +198,11 @@ class StopRequest:
         self._previous = {}
 
 
-def require_one_process() -> None:
+def require_one_process(verb: str) -> None:
     """Refuse to be one of several processes, which would all write the same run folder.
+
+    Args:
+        verb: what runs in one process only, as "strata sft".
 
     Raises:
         ConfigError: WORLD_SIZE says that there are more.
@@ -207,7 +210,7 @@ def require_one_process() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         raise ConfigError(
-            f"strata tunes in one process, this is one of {world_size}: start it without torchrun"
+            f"{verb} trains in one process, this is one of {world_size}: start it without torchrun"
         )
 
 
