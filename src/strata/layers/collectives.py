@@ -21,22 +21,22 @@ Group = dist.ProcessGroup
 
 def gather(part: Tensor, group: Group) -> Tensor:
     """(n, ...) of each -> (g * n, ...) in the order of ranks; the gradient is summed back."""
-    return _Gather.apply(part, group)  # type: ignore[no-any-return]
+    return _Gather.apply(part, group)
 
 
 def scatter_sum(part: Tensor, group: Group) -> Tensor:
     """(g * n, ...) of each, summed over the group -> the (n, ...) of this process."""
-    return _ScatterSum.apply(part, group)  # type: ignore[no-any-return]
+    return _ScatterSum.apply(part, group)
 
 
 def to_tokens(columns: Tensor, group: Group) -> Tensor:
     """(g * n, c): my columns of all tokens -> (n, g * c): all columns of my tokens."""
-    return _ToTokens.apply(columns, group)  # type: ignore[no-any-return]
+    return _ToTokens.apply(columns, group)
 
 
 def to_columns(tokens: Tensor, group: Group) -> Tensor:
     """(n, g * c): all columns of my tokens -> (g * n, c): my columns of all tokens."""
-    return _ToColumns.apply(tokens, group)  # type: ignore[no-any-return]
+    return _ToColumns.apply(tokens, group)
 
 
 class _Gather(torch.autograd.Function):
