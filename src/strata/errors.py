@@ -7,6 +7,8 @@ what to do. Broken invariants of our own code stay `assert`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 GO_ON = 75  # exit code (EX_TEMPFAIL) where nothing failed and the same command goes on
 
 
@@ -16,9 +18,12 @@ class StrataError(ValueError):
     Attributes:
         exit_code: what the command line ends with: 2 for wrong input, 1 where the input was right
             and the work failed.
+        told_by: where several processes train together, whose message it is: "main" if all of them
+            have it, "all" if this process alone knows.
     """
 
     exit_code = 2
+    told_by: Literal["main", "all", None] = None
 
 
 class ConfigError(StrataError):

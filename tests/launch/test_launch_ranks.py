@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from strata.errors import LaunchError
 from strata.launch.ranks import Ended, Meeting, run_ranks, torchrun_arguments
+from strata.train import read_metrics
 
 # A rank without strata, which starts at once.
 START = "import os, signal, sys, time; rank = int(os.environ['RANK'])\n"
@@ -140,15 +142,52 @@ def test_machines_that_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
+def launched(recipe: Path, *options: str) -> subprocess.Popen[str]:
+    """`strata launch local` of two processes."""
+    command = [sys.executable, "-m", "strata", "launch", "local", str(recipe), "run.threads=1"]
+    return subprocess.Popen(
+        [*command, *options, "--processes", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def process_of(rank: int, run_dir: Path) -> int:
+    """The training process of that rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue  # has ended, or is another user's
+        if f"RANK={rank}".encode() in environment and str(run_dir.parent).encode() in command:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
 @pytest.mark.distributed
-def test_training_in_two_processes_is_refused_in_one_line(
+def test_two_processes_train_and_wrong_input_is_told_once(
     tiny_recipe_file: Path, tmp_path: Path
 ) -> None:
-    """Until training can be distributed."""
-    command = [sys.executable, "-m", "strata", "launch", "local", tiny_recipe_file]
-    done = subprocess.run(
-        [*command, "--processes", "2"], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 2
-    assert "strata trains in one process, this is one of 2" in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stdout == ""
+    said, errors = launched(tiny_recipe_file, "data.batch_size=3").communicate(timeout=300)
+    assert said == "" and errors.count("\n") == 1
+    assert "data.batch_size 3 cannot be split over 2 processes" in errors
+    run = launched(tiny_recipe_file)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, 13))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_ends_the_job_with_one_line(tiny_recipe_file: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = launched(tiny_recipe_file, "run.steps=3000", "run.checkpoint_every=50")
+    until_s = time.monotonic() + 200
+    while not list((run_dir / "checkpoints").glob("step_*")):
+        assert time.monotonic() < until_s and run.poll() is None
+        time.sleep(0.05)
+    os.kill(process_of(1, tiny_recipe_file), signal.SIGKILL)
+    _, errors = run.communicate(timeout=300)
+    lines = [line for line in errors.splitlines() if not line.startswith("step ")]
+    assert run.returncode == 128 + signal.SIGKILL
+    assert len(lines) == 1 and "rank 1 was ended by SIGKILL" in lines[0], errors

@@ -22,6 +22,7 @@ from strata.train import loop as loop_module
 from strata.train.continual import References
 from strata.train.feed import Feed
 from strata.train.run import RunFolder
+from strata.train.world import World
 
 MakeRecipe = Callable[..., Recipe]
 SHELF = [f"House {number} was built by {name}." for number in range(9) for name in ("Ada", "Farah")]
@@ -121,7 +122,7 @@ def start(recipe: Recipe) -> tuple[loop_module.Training, Feed]:
     feed = Feed(recipe)
     with RunFolder(recipe) as folder:
         training = loop_module.start_or_resume(
-            recipe, folder=folder, feed=feed, device=torch.device("cpu")
+            recipe, folder=folder, feed=feed, world=World(torch.device("cpu"))
         )
     training.model.train()
     return training, feed

@@ -19,8 +19,9 @@ from strata.ops import reduce_uses
 from strata.train import Recipe, StepEvent, read_metrics, train
 from strata.train.feed import Batch, Feed
 from strata.train.loop import Training, backward, start_or_resume, take_step, validate
-from strata.train.run import RunFolder
+from strata.train.run import RunFolder, require_one_process
 from strata.train.state import DENSE, VALUES, named_weights
+from strata.train.world import World
 
 MakeRecipe = Callable[..., Recipe]
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curves.json"
@@ -30,7 +31,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curves.json"
 def opened(recipe: Recipe) -> Iterator[Training]:
     with RunFolder(recipe) as folder:
         feed = Feed(recipe)
-        yield start_or_resume(recipe, folder=folder, feed=feed, device=torch.device("cpu"))
+        yield start_or_resume(recipe, folder=folder, feed=feed, world=World(torch.device("cpu")))
 
 
 def dense_weights(training: Training) -> dict[str, Tensor]:
@@ -283,12 +284,21 @@ def test_refuses_what_does_not_fit(
         train(tiny_recipe(override), progress=False)
 
 
-def test_refuses_to_be_one_of_several_processes(
+def test_refuses_a_group_that_does_not_fit(
     tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="in one process, this is one of 4"):
-        train(tiny_recipe(), progress=False)
+    with pytest.raises(ConfigError, match=r"group 3 does not divide 4 .*: give one of 1, 2, 4"):
+        train(tiny_recipe("distributed.memory_group=3"), progress=False)
+
+
+def test_what_trains_in_one_process_refuses_to_be_one_of_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_one_process("strata sft")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="strata sft trains in one process, this is one of 4"):
+        require_one_process("strata sft")
 
 
 def test_a_validation_split_is_needed_only_to_validate(

@@ -26,6 +26,7 @@ from strata.train.loop import Training, start_or_resume, take_step
 from strata.train.optim import optimizers
 from strata.train.recipe import Recipe
 from strata.train.run import RunFolder
+from strata.train.world import World
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def bench_train(
         for name, recipe in recipes.items():
             run_folder = stack.enter_context(RunFolder(recipe))
             trainings[name] = start_or_resume(
-                recipe, folder=run_folder, feed=Feed(recipe), device=device
+                recipe, folder=run_folder, feed=Feed(recipe), world=World(device)
             )
         bare = bare_loop(memory, device)
         say("timing steps")

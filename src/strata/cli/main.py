@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 import typer
@@ -98,6 +99,8 @@ def main() -> None:
     try:
         app()
     except StrataError as error:
+        if not _is_ours_to_tell(error):
+            sys.exit(error.exit_code)
         _fail(str(error), code=error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
@@ -105,6 +108,14 @@ def main() -> None:
         if error.errno == errno.ENOSPC:
             _fail(f"disk full while writing {error.filename or 'output'}: free some space", code=1)
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", code=1)
+
+
+def _is_ours_to_tell(error: StrataError) -> bool:
+    """Of processes that torchrun started, one tells what all know: wrong input, one a machine."""
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if error.told_by == "main":
+        return rank == 0
+    return error.told_by == "all" or local == 0
 
 
 def _fail(message: str, *, code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,8 @@ def _train(recipe: Recipe, *, fresh: bool, as_json: bool) -> None:
         result = run_training(recipe, fresh=fresh, progress=not as_json)
     except torch.OutOfMemoryError:
         _fail("the GPU's memory is full: lower data.batch_size and raise run.accumulate as much")
-    print(json.dumps(asdict(result), default=str) if as_json else _summary(result))
+    if int(os.environ.get("RANK", "0")) == 0:  # of the processes of a run, one tells
+        print(json.dumps(asdict(result), default=str) if as_json else _summary(result))
     if result.stopped_by is not None:
         raise typer.Exit(130 if result.stopped_by == "SIGINT" else GO_ON)
 

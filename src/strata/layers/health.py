@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -46,6 +46,18 @@ def track_usage(model: nn.Module, *, enabled: bool = True) -> None:
             layer.usage = None
         elif layer.usage is None:
             layer.usage = RowUsage(layer.keys.num_half_keys**2)
+
+
+def sum_usage(model: nn.Module, add_up: Callable[[Tensor], object]) -> None:
+    """Let each layer's counts become those of all processes.
+
+    Args:
+        model: any module with memory layers.
+        add_up: sums an int32 tensor over the processes, in place.
+    """
+    for _, layer in memory_layers(model):
+        if layer.usage is not None and layer.usage.counts_r is not None:
+            add_up(layer.usage.counts_r)
 
 
 def health(model: nn.Module, *, reset: bool = True) -> dict[str, LayerHealth]:

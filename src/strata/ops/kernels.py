@@ -30,6 +30,14 @@ except ImportError:  # no wheel of numba for this Python or processor
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
+_TYPES = {
+    getattr(torch, name): np.dtype(name).str
+    for name in (
+        *("float16", "float32", "float64", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    )
+}
+
 AVAILABLE = intrinsics is not None
 lowest_one: Any = getattr(intrinsics, "lowest_one", None)
 not_below_16: Any = getattr(intrinsics, "not_below_16", None)
@@ -51,10 +59,29 @@ def kernel(function: Kernel) -> Kernel:
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor; bf16 and fp8 as their bits."""
-    tensor = tensor.detach()
+    """The memory of a contiguous CPU tensor; bf16 and fp8 as their bits.
+
+    Not by `Tensor.numpy`, which forbids for ever to resize the memory: FSDP frees it between uses.
+    """
+    return np.asarray(_Memory(tensor)) if tensor.numel() else _as_bits(tensor).numpy()
+
+
+class _Memory:
+    """A tensor as numpy's array interface; the array holds this, and this the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = bits = _as_bits(tensor)
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(bits.shape),
+            "typestr": _TYPES[bits.dtype],
+            "data": (bits.data_ptr(), False),
+        }
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
     bits = _BITS.get(tensor.dtype)
-    return (tensor if bits is None else tensor.view(bits)).numpy()
+    return tensor.detach() if bits is None else tensor.detach().view(bits)
 
 
 def supported(*tensors: Tensor) -> bool:

@@ -36,6 +36,7 @@ from strata.train import Recipe, StepEvent, train
 from strata.train.checkpoint import CheckpointFolder
 from strata.train.metrics import read_metrics
 from strata.train.recipe import MAY_DIFFER_ON_RESUME, RECIPE_NAME, require_same_run
+from strata.train.run import require_one_process
 
 STAGES_NAME = "stages.yaml"
 DATA_NAME = "data.json"
@@ -95,6 +96,7 @@ def train_reader(
         DivergenceError: the loss or a gradient is not finite.
         StorageError: the disk is full.
     """
+    require_one_process("strata reader")
     begin_s = time.monotonic()
     plan = plan_stages(config, data=data, out=out)
     shared = shared_files(data)

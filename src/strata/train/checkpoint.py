@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ FORMAT = "strata-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
+SHARDED_NAME = ".metadata"  # of torch's DCP
 
 # Bounds on what is parsed before its checksum is known to hold.
 MAX_MANIFEST_BYTES = 1 << 20
@@ -46,6 +47,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 TensorGroups = Mapping[str, Mapping[str, torch.Tensor]]
+Entry = Mapping[str, int | str]  # bytes and sha256 of a file
 
 
 class CheckpointFolder:
@@ -93,24 +95,59 @@ class CheckpointFolder:
             StorageError: the disk is full or the folder cannot be written; nothing of the new
                 checkpoint is left and the earlier ones are untouched.
         """
-        final = self.path(step)
-        unfinished = self.folder / f"{_UNFINISHED_PREFIX}{final.name}"
-        with storage_errors(f"saving {final}", consequence=self._kept_line()):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.clean()
-            try:
-                unfinished.mkdir()
-                _write_files(unfinished, step=step, groups=groups, state=state)
-                unfinished.rename(final)
-            except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
-            _sync(self.folder)
-        self._delete_oldest()
-        return final
+        with self.writing(step):
+            self.begin(step)
+            names = write_groups(self.unfinished(step), groups)
+            files = describe(self.unfinished(step), names)
+            self.finish(step, state=state, files=files)
+        return self.path(step)
 
-    def open(self, step: int) -> Checkpoint:
+    def unfinished(self, step: int) -> Path:
+        """The hidden folder that a step's checkpoint is written into."""
+        return self.folder / f"{_UNFINISHED_PREFIX}{self.path(step).name}"
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Within, a step's checkpoint is written; leaves nothing of it if that fails.
+
+        Raises:
+            StorageError: as `save`.
+        """
+        with storage_errors(f"saving {self.path(step)}", consequence=self._kept_line()):
+            try:
+                yield
+            except BaseException:
+                shutil.rmtree(self.unfinished(step), ignore_errors=True)
+                raise
+
+    def begin(self, step: int) -> None:
+        """Make the hidden folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.clean()
+        self.unfinished(step).mkdir()
+
+    def finish(self, step: int, *, state: Mapping[str, Any], files: Mapping[str, Entry]) -> None:
+        """Write down what is not a tensor, and let the checkpoint be; then delete the oldest.
+
+        Args:
+            step: updates made so far.
+            state: a JSON-able mapping.
+            files: of tensors that lie in the hidden folder, from `describe`.
+        """
+        unfinished = self.unfinished(step)
+        (unfinished / STATE_NAME).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+        _write_manifest(unfinished, step, {**files, **describe(unfinished, [STATE_NAME])})
+        unfinished.rename(self.path(step))
+        _sync(self.folder)
+        self._delete_oldest()
+
+    def open(self, step: int, *, part: int = 0, parts: int = 1) -> Checkpoint:
         """Check one checkpoint from end to end and open it.
+
+        Args:
+            step: updates made when it was written.
+            part: with `parts`, check this part of its files: others check the rest.
+            parts: how many share the work.
 
         Raises:
             CheckpointError: a file is missing, damaged, or of another format version.
@@ -121,7 +158,7 @@ class CheckpointFolder:
             f"go on from step {earlier[-1]}" if earlier else "start this run from its beginning"
         )
         manifest = _read_manifest(path, remedy=remedy)
-        for name, entry in manifest["files"].items():
+        for name, entry in list(manifest["files"].items())[part::parts]:
             _verify_file(path / name, entry, remedy=remedy)
         return Checkpoint(path, remedy=remedy)
 
@@ -149,6 +186,11 @@ class Checkpoint:
         self.state: dict[str, Any] = _read_json(
             path / STATE_NAME, max_bytes=MAX_STATE_BYTES, remedy=remedy
         )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes wrote it, see `sharded_checkpoint.py`."""
+        return (self.path / SHARDED_NAME).is_file()
 
     def tensors(self, group: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and CPU tensor of each member of a group, one at a time."""
@@ -197,17 +239,25 @@ def _errno(error: OSError | SafetensorError) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _write_files(
-    folder: Path, *, step: int, groups: TensorGroups, state: Mapping[str, Any]
-) -> None:
+def write_groups(folder: Path, groups: TensorGroups) -> list[str]:
+    """Write tensors, a file a group; the files' names."""
     for group, tensors in groups.items():
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, folder / f"{group}.safetensors")
-    (folder / STATE_NAME).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-    files = {}
-    for path in sorted(folder.iterdir()):
+    return [f"{group}.safetensors" for group in groups]
+
+
+def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Size and sha256 of files, flushed to disk."""
+    files: dict[str, Entry] = {}
+    for name in sorted(names):
+        path = folder / name
         _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return files
+
+
+def _write_manifest(folder: Path, step: int, files: Mapping[str, Entry]) -> None:
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "files": files}
     manifest_path = folder / MANIFEST_NAME
     manifest_path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")

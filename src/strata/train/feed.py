@@ -15,6 +15,7 @@ from strata.data.manifest import read_manifest
 from strata.errors import CheckpointError, ConfigError, DataError
 from strata.train.continual import References
 from strata.train.recipe import Recipe
+from strata.train.world import World
 
 Batch = dict[str, torch.Tensor]
 
@@ -24,6 +25,7 @@ class Feed:
 
     Args:
         recipe: the run.
+        world: the processes of it; each reads its own rows of every batch. None for one.
 
     Attributes:
         tokenizer: the data's own, saved beside the finished model.
@@ -35,20 +37,27 @@ class Feed:
             read.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, world: World | None = None) -> None:
         self._recipe = recipe
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
         self.references = (
             None if recipe.reading is None else References(recipe.reading, recipe.data)
         )
         chunk_tokens = None if self.references is None else self.references.chunk_tokens
         config = recipe.data.loader_config(seed=recipe.seed, chunk_tokens=chunk_tokens)
+        if world is not None:
+            share = world.share_of(config.batch_size, name="data.batch_size")
+            config = config.model_copy(update={"batch_size": share})
         self.tokenizer = _open_tokenizer(recipe.data.dir)
-        self._loader = Loader(TokenDataset.open(recipe.data.dir, split="train"), config)
+        self._loader = Loader(
+            TokenDataset.open(recipe.data.dir, split="train"), config, rank=rank, world_size=size
+        )
         self._batches = iter(self._loader)
         self._data_sha256 = _train_sha256(recipe.data.dir)
         self.validation: list[Batch] = []
         if recipe.run.validate_every is not None:
-            validation = Loader(TokenDataset.open(recipe.data.dir, split="val"), config)
+            dataset = TokenDataset.open(recipe.data.dir, split="val")
+            validation = Loader(dataset, config, rank=rank, world_size=size)
             batches = islice(iter(validation), recipe.run.validate_batches)
             self.validation = [self._with_references(batch, "val") for batch in batches]
 

@@ -13,21 +13,23 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from strata.device import pick_device
-from strata.errors import DivergenceError
-from strata.layers import health, track_usage
+from strata.errors import ConfigError, DivergenceError
+from strata.layers import health, sum_usage, track_usage
 from strata.models import build
+from strata.train import sharded_checkpoint
+from strata.train.checkpoint import Checkpoint
 from strata.train.continual import ContinualReading
 from strata.train.feed import Batch, Feed
 from strata.train.labels import count_labels, head_reads_only, label_tokens
@@ -41,9 +43,12 @@ from strata.train.metrics import (
 )
 from strata.train.optim import RowOptimizer, optimizers
 from strata.train.recipe import Recipe
-from strata.train.run import RunFolder, StopRequest, require_one_process
+from strata.train.run import RunFolder, StopRequest
 from strata.train.schedule import learning_rate_factor
+from strata.train.sharded_rows import ShardedRowOptimizer
+from strata.train.sharding import add_up_gradients, spread, sums_last, whole_norm
 from strata.train.state import DENSE, VALUES, Optimizers, optimizer_numbers, restore, tensor_groups
+from strata.train.world import World, open_world
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Training:
     model: PreTrainedModel
     forward: Callable[..., Any]  # the model, compiled or not
     optimizers: Optimizers
+    world: World
     reading: ContinualReading | None = None  # of references, beside the text
     done: Progress = field(default_factory=Progress)
     step_rates: list[float] = field(default_factory=list)  # tokens/s of this process's steps
@@ -144,20 +150,23 @@ def train(
     """
     run = recipe.run
     stop = StopRequest(for_s=for_s)
-    require_one_process()
-    device = pick_device(run.device)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    feed = Feed(recipe)
 
-    with RunFolder(recipe) as folder:
-        if fresh:
-            folder.clear()
-        training = start_or_resume(recipe, folder=folder, feed=feed, device=device)
+    with ExitStack() as stack:
+        world = stack.enter_context(open_world(recipe.distributed, device=run.device))
+        with world.together():
+            feed = Feed(recipe, world)
+            folder = stack.enter_context(RunFolder(recipe, is_main=world.is_main))
+            if fresh and world.is_main:
+                folder.clear()
+        training = start_or_resume(recipe, folder=folder, feed=feed, world=world)
         done = training.done
-        folder.write_recipe()
-        with open_report(recipe, after_step=done.step, progress=progress) as report, stop:
-            while done.step < run.steps and stop.reason is None:
+        with world.together():
+            if world.is_main:
+                folder.write_recipe()
+        with open_report(training, progress=progress) as report, stop:
+            while done.step < run.steps and not world.any(stop.reason is not None):
                 start_s = time.perf_counter()
                 record = take_step(training)
                 last = done.step == run.steps
@@ -175,39 +184,64 @@ def train(
                     observe(on_step, training, record)
 
             save_checkpoint(training)
+            reasons = [reason for reason in world.gather(stop.reason) if reason]
             if done.step < run.steps:
                 report.say(
-                    f"{stop.reason}: stopped after step {done.step} and saved it, "
+                    f"{reasons[0]}: stopped after step {done.step} and saved it, "
                     "run the same command to go on"
                 )
-            elif not folder.model_dir.exists():
-                folder.save_model(training.model, feed.tokenizer)
-    return result(training, stopped_by=stop.reason if done.step < run.steps else None)
+            else:
+                with world.together():
+                    save_model(training)
+    return result(training, stopped_by=reasons[0] if done.step < run.steps else None)
 
 
-def start_or_resume(
-    recipe: Recipe, *, folder: RunFolder, feed: Feed, device: torch.device
-) -> Training:
+def start_or_resume(recipe: Recipe, *, folder: RunFolder, feed: Feed, world: World) -> Training:
     """Build the model and its optimizers, and bring them to the newest checkpoint's state."""
-    checkpoint = folder.open_newest()
-    torch.manual_seed(recipe.seed)
-    model = build(recipe.model, recipe.memory, device=device)
-    feed.check_model(model)
+    if world.size > 1 and recipe.reading is not None and recipe.distributed.dense == "fsdp":
+        world.refuse(
+            ConfigError(
+                "distributed.dense=fsdp cannot read references, which are encoded outside the "
+                "model's forward pass: set distributed.dense=replicated"
+            )
+        )
+    with world.together():
+        checkpoint = folder.open_newest(part=world.rank, parts=world.size)
+        torch.manual_seed(recipe.seed)
+        model = build(recipe.model, recipe.memory, device=world.device)
+        feed.check_model(model)
+        spread(model, recipe.distributed, world)
     training = Training(
         recipe=recipe,
         folder=folder,
         feed=feed,
-        device=device,
+        device=world.device,
         model=model,
         forward=torch.compile(model) if recipe.run.compile else model,
-        optimizers=build_optimizers(model, recipe),
+        optimizers=build_optimizers(model, recipe, world),
+        world=world,
         reading=start_reading(recipe, feed, model),
     )
-    if checkpoint is not None:
-        restore(checkpoint, model, training.optimizers, device=device)
+    if checkpoint is None:
+        if world.size > 1:  # each draws its own dropout
+            torch.manual_seed(recipe.seed * 1_009 + world.rank)
+    else:
+        bring_back(checkpoint, training)
         feed.load_state_dict(checkpoint.state["feed"])
         training.done = Progress(**checkpoint.state["progress"])
     return training
+
+
+def bring_back(checkpoint: Checkpoint, training: Training) -> None:
+    """Put a checkpoint's tensors in place, of one process or of many."""
+    model, optimizers, world = training.model, training.optimizers, training.world
+    if world.size == 1 and not checkpoint.is_sharded:
+        restore(checkpoint, model, optimizers, device=world.device)
+    else:
+        with world.together():
+            sharded_checkpoint.restore(
+                checkpoint, model, optimizers, world=world, seed=training.recipe.seed
+            )
 
 
 def start_reading(recipe: Recipe, feed: Feed, model: PreTrainedModel) -> ContinualReading | None:
@@ -243,26 +277,30 @@ def take_step(training: Training) -> dict[str, Any]:
     record: dict[str, Any] = {"step": step, **numbers, **rates, "tokens": done.tokens}
     record["tokens_per_s"] = training.step_rates[-1]
     if watch_memory:
+        sum_usage(training.model, training.world.sum_tensor)
         record["health"] = {name: asdict(of) for name, of in health(training.model).items()}
     return record
 
 
 def backward(training: Training, micro_batches: Sequence[Batch]) -> Tensor:
-    """Gradients of the mean loss over the label tokens of all micro-batches together.
+    """Gradients of the mean loss over the label tokens of all micro-batches and processes together.
 
-    One division for all of them makes accumulating equal one larger batch, however unevenly the
-    labels are spread.
+    One division for all of them makes accumulating, or more processes, equal one larger batch,
+    however unevenly the labels are spread.
 
     Returns:
         The loss, nats a label token, 0-d, detached.
     """
-    num_labels = max(1, sum(count_labels(batch["labels"]) for batch in micro_batches))
+    world = training.world
+    (num_labels,) = world.sum([sum(count_labels(batch["labels"]) for batch in micro_batches)])
     total = torch.zeros((), device=training.device)
-    for batch in micro_batches:
-        loss = summed_loss(training, batch) / num_labels
+    for number, batch in enumerate(micro_batches, start=1):
+        sums_last(training.model, last=number == len(micro_batches))
+        loss = summed_loss(training, batch) / max(1, num_labels)
         loss.backward()
         total += loss.detach()
-    return total
+    add_up_gradients(dense_weights(training), world)
+    return world.sum_tensor(total)
 
 
 def update(training: Training, loss: Tensor, *, step: int) -> dict[str, float]:
@@ -275,8 +313,8 @@ def update(training: Training, loss: Tensor, *, step: int) -> dict[str, float]:
         DivergenceError: one of them is not finite.
     """
     dense = training.optimizers[DENSE]
-    weights = [weight for group in dense.param_groups for weight in group["params"]]
-    dense_norm = clip_grad_norm_(weights, training.recipe.run.clip_norm or math.inf)
+    limit = training.recipe.run.clip_norm or math.inf
+    dense_norm = whole_norm(clip_grad_norm_(dense_weights(training), limit))
     # The step's one wait for the device, and before any weight has changed.
     loss_value, norm_value = torch.stack([loss, dense_norm.to(loss)]).tolist()
     numbers = {"loss": loss_value, "grad_norm": norm_value}
@@ -292,6 +330,12 @@ def update(training: Training, loss: Tensor, *, step: int) -> dict[str, float]:
         numbers["rows_updated"] = values.rows_updated
         require_finite(training, numbers, step=step)
     return numbers
+
+
+def dense_weights(training: Training) -> list[nn.Parameter]:
+    """What AdamW trains."""
+    groups = training.optimizers[DENSE].param_groups
+    return [weight for group in groups for weight in group["params"]]
 
 
 def summed_loss(training: Training, batch: Batch) -> Tensor:
@@ -317,8 +361,10 @@ def validate(training: Training) -> float:
     """Loss over the validation batches, nats a label token."""
     training.model.eval()
     batches = training.feed.validation
-    total = sum(float(summed_loss(training, batch)) for batch in batches)
-    return total / max(1, sum(count_labels(batch["labels"]) for batch in batches))
+    loss = sum(float(summed_loss(training, batch)) for batch in batches)
+    labels = sum(count_labels(batch["labels"]) for batch in batches)
+    total, num_labels = training.world.sum([loss, labels])
+    return total / max(1, num_labels)
 
 
 def save_checkpoint(training: Training) -> None:
@@ -333,8 +379,26 @@ def save_checkpoint(training: Training) -> None:
         "progress": asdict(done),
         "optimizers": optimizer_numbers(training.optimizers),
     }
-    groups = tensor_groups(training.model, training.optimizers, device=training.device)
-    checkpoints.save(done.step, groups=groups, state=state)
+    model, optimizers, world = training.model, training.optimizers, training.world
+    if world.size == 1:
+        groups = tensor_groups(model, optimizers, device=training.device)
+        checkpoints.save(done.step, groups=groups, state=state)
+    else:
+        parts = sharded_checkpoint.spread_groups(model, optimizers, world)
+        sharded_checkpoint.save(checkpoints, done.step, parts, state, world)
+
+
+def save_model(training: Training) -> None:
+    """Write the finished model, unless that was done; the main process puts its parts together."""
+    folder, recipe, feed = training.folder, training.recipe, training.feed
+    if folder.model_dir.exists() or not training.world.is_main:
+        return
+    model = training.model
+    if training.world.size > 1:
+        model = build(recipe.model, recipe.memory)
+        newest = folder.checkpoints.path(training.done.step)
+        sharded_checkpoint.read_model(newest, model)
+    folder.save_model(model, feed.tokenizer)
 
 
 def observe(
@@ -353,10 +417,14 @@ def observe(
         on_step(event)
 
 
-def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> Optimizers:
+def build_optimizers(model: PreTrainedModel, recipe: Recipe, world: World) -> Optimizers:
     """AdamW for the dense part, the row optimizer for the value tables if there are any."""
     dense, values = optimizers(
-        model, recipe.optim, max_norm_values=recipe.run.clip_norm_values, seed=recipe.seed
+        model,
+        recipe.optim,
+        max_norm_values=recipe.run.clip_norm_values,
+        seed=recipe.seed,
+        make_rows=None if world.size == 1 else partial(ShardedRowOptimizer, world=world),
     )
     return {DENSE: dense} if values is None else {DENSE: dense, VALUES: values}
 
@@ -373,8 +441,11 @@ def set_learning_rates(training: Training, *, factor: float) -> dict[str, float]
     return rates
 
 
-def open_report(recipe: Recipe, *, after_step: int, progress: bool) -> Report:
-    """Open every place the recipe logs to."""
+def open_report(training: Training, *, progress: bool) -> Report:
+    """Open every place the recipe logs to; the main process does."""
+    if not training.world.is_main:
+        return Report([], terminal=None)
+    recipe, after_step = training.recipe, training.done.step
     run, run_dir = recipe.run, recipe.run_dir
     sinks: list[MetricsSink] = []
     if run.tensorboard:
@@ -398,10 +469,11 @@ def require_finite(training: Training, numbers: Mapping[str, float], *, step: in
         if not math.isfinite(number):
             steps = training.folder.checkpoints.steps()
             kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint yet"
-            raise DivergenceError(
+            error = DivergenceError(
                 f"{name} is {number} at step {step} ({kept}): lower optim.lr or optim.value_lr, "
                 "lengthen schedule.warmup_steps, or check the data"
             )
+            training.world.refuse(error)  # the numbers are those of all processes
 
 
 def median_rate(training: Training) -> float | None:

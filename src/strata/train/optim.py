@@ -73,6 +73,7 @@ def optimizers(
     *,
     max_norm_values: float | None = None,
     seed: int = 0,
+    make_rows: Callable[..., RowOptimizer] | None = None,
 ) -> tuple[torch.optim.AdamW, RowOptimizer | None]:
     """Make the two optimizers of a model with memory layers.
 
@@ -81,6 +82,7 @@ def optimizers(
         config: rates, decay, algorithms.
         max_norm_values: clip the value tables' gradient norm to this; None leaves it.
         seed: of stochastic rounding.
+        make_rows: makes the row optimizer; None makes a `RowOptimizer`.
 
     Returns:
         AdamW for the dense part, and the row optimizer for the value tables, None if the model
@@ -99,7 +101,7 @@ def optimizers(
     )
     if not groups.tables:
         return dense, None
-    rows = RowOptimizer(
+    rows = (make_rows or RowOptimizer)(
         groups.tables,
         lr=config.value_lr,
         algorithm=config.value_algorithm,
@@ -245,6 +247,10 @@ class RowOptimizer(torch.optim.Optimizer):
             for name, tensor in entries.items():
                 tensor.copy_(loaded[number][name])
         self._steps = int(state_dict["steps"])
+
+    def go_on_after(self, steps: int) -> None:
+        """Count on from so many steps; the state is then put into place by others."""
+        self._steps = steps
 
     def _generator(self, table: ValueTable, number: int) -> torch.Generator | None:
         """Random numbers named by (seed, step, table), so that a resumed run draws the same."""

@@ -17,6 +17,7 @@ from strata.layers import MemoryLayerConfig
 from strata.models import ModelConfig
 from strata.train.optim import OptimConfig
 from strata.train.schedule import ScheduleConfig
+from strata.train.world import DistributedConfig
 
 RECIPE_NAME = "recipe.yaml"
 MAX_SHOWN = 8  # differing keys named in one line
@@ -29,6 +30,8 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "data.dir",
         "model.attn_implementation",
         "reading.references",
+        "distributed.memory_group",
+        "distributed.dense",
         "run.dir",
         "run.device",
         "run.threads",
@@ -50,7 +53,8 @@ class DataConfig(FrozenConfig):
 
     Attributes:
         dir: a folder written by `strata data prepare`.
-        batch_size: sequences a micro-batch; a step reads `run.accumulate` of them.
+        batch_size: sequences a micro-batch, over all processes together; a step reads
+            `run.accumulate` of them.
         sequence_tokens: tokens a sequence.
         packing: `concat` cuts windows from the stream of documents; `document` starts every
             sequence at a document's beginning and pads the rest.
@@ -153,6 +157,7 @@ class Recipe(FrozenConfig):
             already (`model.path`): one from scratch learns to ignore them.
         optim: rates and rules of the two optimizers.
         schedule: how both rates move.
+        distributed: how processes share the run, if torchrun started several.
         run: length, place, precision and output.
     """
 
@@ -164,6 +169,7 @@ class Recipe(FrozenConfig):
     reading: ReadingConfig | None = None
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     run: RunConfig
 
     @field_validator("name", mode="before")

@@ -40,14 +40,16 @@ class RunFolder:
 
     Args:
         recipe: the run.
+        is_main: hold the folder; the other processes of a run read it only.
 
     Raises:
         ConfigError: on entering, another process trains in this folder.
         StorageError: on entering, the folder cannot be written.
     """
 
-    def __init__(self, recipe: Recipe | TuneRecipe) -> None:
+    def __init__(self, recipe: Recipe | TuneRecipe, *, is_main: bool = True) -> None:
         self.recipe = recipe
+        self.is_main = is_main
         self.dir = recipe.run_dir
         self.model_dir = self.dir / "model"
         self.checkpoints = CheckpointFolder(
@@ -56,6 +58,8 @@ class RunFolder:
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> RunFolder:
+        if not self.is_main:
+            return self
         if self.dir.exists() and not self.dir.is_dir():
             raise ConfigError(f"run.dir {self.dir} is a file: name a folder, new or a run's own")
         with storage_errors(f"opening {self.dir}", consequence="choose another run.dir"):
@@ -79,18 +83,23 @@ class RunFolder:
         for name in (RECIPE_NAME, METRICS_NAME, "wandb_id"):
             (self.dir / name).unlink(missing_ok=True)
 
-    def open_newest(self) -> Checkpoint | None:
+    def open_newest(self, *, part: int = 0, parts: int = 1) -> Checkpoint | None:
         """The newest checkpoint if there is one, checked to belong to this recipe.
+
+        Args:
+            part: with `parts`, check this part of its files: others check the rest.
+            parts: how many processes share the work.
 
         Raises:
             CheckpointError: it is damaged, or an incompatible version wrote it.
             ConfigError: it belongs to a recipe that gives another result.
         """
-        self.checkpoints.clean()
+        if self.is_main:
+            self.checkpoints.clean()
         steps = self.checkpoints.steps()
         if not steps:
             return None
-        checkpoint = self.checkpoints.open(steps[-1])
+        checkpoint = self.checkpoints.open(steps[-1], part=part, parts=parts)
         require_same_run(_stored_recipe(checkpoint), self.recipe)
         return checkpoint
 
@@ -189,8 +198,11 @@ class StopRequest:
         self._previous = {}
 
 
-def require_one_process() -> None:
+def require_one_process(verb: str) -> None:
     """Refuse to be one of several processes, which would all write the same run folder.
+
+    Args:
+        verb: what runs in one process only, as "strata sft".
 
     Raises:
         ConfigError: WORLD_SIZE says that there are more.
@@ -198,7 +210,7 @@ def require_one_process() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         raise ConfigError(
-            f"strata trains in one process, this is one of {world_size}: start it without torchrun"
+            f"{verb} trains in one process, this is one of {world_size}: start it without torchrun"
         )
 
 

@@ -7,7 +7,7 @@ Every tensor is saved under a name: a weight's own, or `WEIGHT/STATE` for the op
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def tensor_groups(
     """
     names = weight_names(model)
     groups = {group: dict(_state_tensors(opt, names)) for group, opt in optimizers.items()}
-    return {MODEL: named_weights(model), RNG: _rng_state(device), **groups}
+    return {MODEL: named_weights(model), RNG: rng_state(device), **groups}
 
 
 def optimizer_numbers(optimizers: Optimizers) -> dict[str, dict[str, int | float]]:
@@ -62,10 +62,7 @@ def restore(
     names = weight_names(model)
     for group, optimizer in optimizers.items():
         _restore_optimizer(checkpoint, group, optimizer, names)
-    rng = dict(checkpoint.tensors(RNG))
-    torch.set_rng_state(rng["cpu"])
-    if device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"], device)
+    set_rng_state(dict(checkpoint.tensors(RNG)), device)
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -84,22 +81,30 @@ def weight_names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in named_weights(model).items()}
 
 
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the CPU's random numbers, and of a GPU's if the run is on one."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
+def set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on with random numbers where `rng_state` was taken."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def _state_tensors(
     optimizer: torch.optim.Optimizer, names: dict[int, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    for parameter in _parameters(optimizer):
+    for parameter in parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
             yield f"{names[id(parameter)]}/{key}", torch.as_tensor(value)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The optimizer's parameters, in the order by which its state_dict numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -129,8 +134,8 @@ def _restore_optimizer(
     optimizer: torch.optim.Optimizer,
     names: dict[int, str],
 ) -> None:
-    parameters = _parameters(optimizer)
-    numbers = {names[id(parameter)]: number for number, parameter in enumerate(parameters)}
+    weights = parameters(optimizer)
+    numbers = {names[id(parameter)]: number for number, parameter in enumerate(weights)}
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in checkpoint.tensors(group):
         weight, _, key = name.rpartition("/")

@@ -110,7 +110,7 @@ def dpo(recipe: DPORecipe, *, fresh: bool = False, progress: bool = True) -> Tun
 
 
 def _run(recipe: TuneRecipe, kind: Kind, *, fresh: bool, progress: bool) -> TuneResult:
-    require_one_process()
+    require_one_process(f"strata {kind}")
     require("trl", extra="tune", purpose=f"strata {kind}")
     device = pick_device(recipe.run.device)
     if recipe.run.threads is not None:

@@ -1,0 +1,220 @@
+"""The processes of a run: who they are, which of them share what, and what all of them must know.
+
+A run of W processes holds R replicas of the value tables, each split by columns over G processes
+that stand side by side: W = R * G. The dense part is spread or repeated over all W. A run of one
+process has the same methods, and tells nobody anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from strata.config import FrozenConfig
+from strata.device import pick_device
+from strata.errors import ConfigError, StrataError
+
+REPLICA, MEMORY = "replica", "memory"
+TIMEOUT = timedelta(minutes=30)  # the longest that a process waits for the others
+
+
+class DistributedConfig(FrozenConfig):
+    """How several processes share a run; nothing to a run of one. They change no result.
+
+    Attributes:
+        memory_group: processes that share one copy of the value tables by columns, a divisor of
+            all; None takes those of a machine.
+        dense: "fsdp" spreads the weights, gradients and optimizer state of the dense part over all
+            processes (torch's FSDP2); "replicated" repeats them, and adds up gradients.
+    """
+
+    memory_group: int | None = Field(default=None, ge=1)
+    dense: Literal["fsdp", "replicated"] = "fsdp"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        device: of this process.
+        mesh: (replica, memory); None for one process.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process, counted from 0."""
+        return 0 if self.mesh is None else dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        """All processes."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def memory_group(self) -> dist.ProcessGroup | None:
+        """Those that hold one copy of the tables with this one; None if it holds them whole."""
+        return self._group(MEMORY)
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """Those that hold the same columns; None if nobody else does."""
+        return self._group(REPLICA)
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over all processes."""
+        if self.mesh is None:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return cast(list[float], total.tolist())
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """The same for a tensor, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, by rank; any small picklable value."""
+        if self.mesh is None:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.mesh is not None:
+            dist.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within, what one process cannot do none does: its error is raised in all of them.
+
+        For blocks that all processes enter, so that none waits for ever for one that failed.
+        """
+        error: StrataError | OSError | None = None
+        try:
+            yield
+        except (StrataError, OSError) as caught:
+            error = caught
+        for failure in self.gather(None if error is None else (type(error), error.args)):
+            if failure is not None:
+                kind, arguments = failure
+                shared = kind(*arguments)
+                if isinstance(shared, StrataError):
+                    shared.told_by = "main"
+                raise shared from error
+
+    def refuse(self, error: StrataError) -> NoReturn:
+        """Raise what every process finds at the same point."""
+        error.told_by = None if self.mesh is None else "main"
+        raise error
+
+    def share_of(self, batch_size: int, *, name: str) -> int:
+        """Rows of a batch that this process takes.
+
+        Raises:
+            ConfigError: they cannot be split evenly.
+        """
+        if batch_size % self.size:
+            raise ConfigError(
+                f"{name} {batch_size} cannot be split over {self.size} processes: give a multiple "
+                "of that, or another number of processes"
+            )
+        return batch_size // self.size
+
+    def _group(self, name: str) -> dist.ProcessGroup | None:
+        if self.mesh is None or self.mesh[name].size() == 1:
+            return None
+        return self.mesh.get_group(name)
+
+
+@contextmanager
+def open_world(config: DistributedConfig, *, device: str) -> Iterator[World]:
+    """The processes that torchrun started, joined while the context is open.
+
+    A process group that is there already is used, and left.
+
+    Args:
+        config: how they share the tables.
+        device: as `run.device`; several processes of a machine take a GPU each.
+
+    Raises:
+        ConfigError: no such device, fewer GPUs than processes, or groups that do not fit.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(pick_device(device))
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    group = memory_group_size(config, world_size=size, local_world_size=here)
+    mine = _device(device, local=local, here=here)
+    if mine.type == "cuda":
+        torch.cuda.set_device(mine)
+    joined = dist.is_initialized()
+    if not joined:
+        dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        shape = (size // group, group)
+        yield World(mine, init_device_mesh(mine.type, shape, mesh_dim_names=(REPLICA, MEMORY)))
+    except StrataError as error:
+        error.told_by = error.told_by or "all"
+        raise
+    finally:
+        if not joined:
+            dist.destroy_process_group()
+
+
+def memory_group_size(
+    config: DistributedConfig, *, world_size: int, local_world_size: int | None = None
+) -> int:
+    """G of a number of processes.
+
+    Raises:
+        ConfigError: it does not divide them.
+    """
+    group = config.memory_group or min(world_size, local_world_size or world_size)
+    if world_size % group:
+        allowed = [str(g) for g in range(1, world_size + 1) if world_size % g == 0]
+        raise ConfigError(
+            f"distributed.memory_group {group} does not divide {world_size} processes: give one of "
+            f"{', '.join(allowed)}"
+        )
+    return group
+
+
+def _device(name: str, *, local: int, here: int) -> torch.device:
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    gpus = torch.cuda.device_count()
+    if here > gpus:
+        raise ConfigError(
+            f"{here} processes on a machine with {gpus} GPUs: start {gpus}, or set run.device=cpu"
+        )
+    return torch.device("cuda", local)
