@@ -60,17 +60,17 @@ def test_the_report_has_what_was_measured(finished: tuple[Path, Outcome, str]) -
     assert [point["step"] for point in report["curve"]["memory"]] == [1, 2]
 
 
-def test_without_a_reader_the_memory_model_stands_in(finished: tuple[Path, Outcome, str]) -> None:
+def test_the_reader_of_strata_is_asked(finished: tuple[Path, Outcome, str]) -> None:
     out, outcome, printed = finished
     bank = outcome.bank
-    assert bank is not None and not bank.learned
-    assert bank.reader == str(out / "memory" / "model") and not (out / "reader").exists()
+    assert bank is not None and bank.learned
+    assert bank.reader == str(out / "reader") and (out / "reader" / "config.json").exists()
     assert bank.documents == len(held_out_countries() & set(capitals()))
-    assert bank.top_k == 1  # no more references fit its context as text
+    assert bank.top_k == 5
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))["explicit"]
     assert set(report["accuracy"]) == set(report["ttft_ms"]) == set(FORMATS)
     said = printed.replace("\n", " ")
-    assert "strata ask" in said and "reading has to be learned" in said
+    assert "strata ask" in said and "it was never taught about" in said
 
 
 def test_without_the_banks_packages_it_says_what_to_install(

@@ -101,6 +101,17 @@ def test_four_ways_are_measured(asked: tuple[Path, BankOutcome, str]) -> None:
     assert "reading has to be learned" not in printed.replace("\n", " ")
 
 
+def test_the_reader_of_strata_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As text and as memories, of countries that it was taught nothing of."""
+    pytest.importorskip("lance")
+    monkeypatch.setattr(bank_module, "NUM_QUESTIONS", 24)
+    outcome = answer_from_bank(tmp_path, decoder.PACKED, Console(file=io.StringIO()))
+    assert outcome is not None and outcome.learned and outcome.num_questions == 24
+    nothing = outcome.accuracy["none"]
+    for way in ("text", "explicit", "explicit_vq"):
+        assert outcome.accuracy[way] >= nothing + 0.2, outcome.accuracy
+
+
 def test_what_it_says_to_do_next_works(
     asked: tuple[Path, BankOutcome, str],
     monkeypatch: pytest.MonkeyPatch,

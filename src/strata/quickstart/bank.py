@@ -70,8 +70,7 @@ class BankOutcome:
 
     Attributes:
         reader: folder of the decoder that was asked.
-        learned: whether it has learned to read; the memory model, which stands in for a reader
-            where none is there, has not.
+        learned: whether it is a packed reader, which was taught nothing of these countries.
         bank, bank_vq: folders; both hold the same references, the first one also their vectors.
         documents, references: in a bank.
         made_s: cutting, embedding, encoding and writing of both.

@@ -92,13 +92,6 @@ def print_bank(bank: BankOutcome, console: Console) -> None:
         "the same ones; times are medians of single questions, searching included.",
         soft_wrap=True,
     )
-    if not bank.learned:
-        console.print(
-            "No reader is there, so the memory model stands in for it. It was trained on single "
-            "sentences in other words, and never to read: finding works, reading has to be learned "
-            "(strata reader, and --reader).",
-            soft_wrap=True,
-        )
 
 
 def as_dict(outcome: Outcome) -> dict[str, Any]:

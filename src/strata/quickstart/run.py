@@ -4,7 +4,7 @@ Two small decoders see the same sentences about the world's countries in the sam
 memory layers, its dense twin has feed-forward networks of the same cost. Both are then asked
 every fact in a wording that the fact never had in training. Last, articles become a bank of
 explicit memories, and a reader, a third decoder that comes trained, is asked with it about
-countries that it was taught nothing of. Where there is no reader, the first model stands in for it.
+countries that it was taught nothing of.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def quickstart(
     Args:
         out: the folder for everything that is made.
         overrides: `a.b=c` for the recipe of both models, for instance `run.steps=400`.
-        reader: folder of the decoder that the bank is for; None for the one that comes with strata,
-            or where there is none, the memory model, which never learned to read.
+        reader: folder of the decoder that the bank is for; None for the one that comes with strata.
         console: where to print; the terminal by default.
 
     Returns:
@@ -93,12 +92,10 @@ def quickstart(
     console.print(answers(examples))
 
     console.rule("5/5  A bank of articles on countries")
-    if reader is None:
-        reader = PACKED if PACKED.is_dir() else out / "memory" / "model"
     outcome = Outcome(
         **contestants,
         examples=examples,
-        bank=answer_from_bank(out, reader, console),
+        bank=answer_from_bank(out, reader or PACKED, console),
         num_questions=len(questions),
         wall_s=time.perf_counter() - start_s,
         threads=torch.get_num_threads(),
