@@ -21,7 +21,9 @@ def prepare_data(
         list[Path], typer.Argument(metavar="SOURCE...", help="parquet, jsonl, txt or folders")
     ],
     out: Annotated[Path, typer.Option(help="folder to make")],
-    tokenizer: Annotated[Path, typer.Option(help="folder with a tokenizer.json")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="folder with a tokenizer.json, tiktoken or sentencepiece file")
+    ],
     memory_gb: Annotated[float, typer.Option(help="memory to use, in 1e9 bytes")] = 8.0,
     seed: Annotated[int, typer.Option(help="of the shuffle and the validation split")] = 42,
     shuffle: Annotated[bool, typer.Option(help="one random order of all documents")] = True,

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from strata.config import FrozenConfig
+from strata.data.convert_tokenizer import tokenizer_folder
 from strata.data.encode import load_encoder
 from strata.data.manifest import (
     MANIFEST_NAME,
@@ -141,7 +142,7 @@ def prepare(
     Args:
         sources: files or folders of parquet, jsonl, jsonl.gz, jsonl.zst and txt.
         out: the folder to make.
-        tokenizer: a folder with a tokenizer.json.
+        tokenizer: a folder with a tokenizer.json, or a tiktoken or sentencepiece file.
         config: how.
         val_sources: files or folders of which every document goes to `val`, whatever
             `val_fraction` says.
@@ -158,45 +159,46 @@ def prepare(
     files = find_sources([Path(source) for source in (*sources, *val_sources)])
     num_train = len(find_sources([Path(source) for source in sources]))
     _refuse_out_inside([*sources, *val_sources], out)
-    encoder = load_encoder(
-        tokenizer,
-        append_eos=config.append_eos,
-        prepend_bos=config.prepend_bos,
-        parse_special_tokens=config.parse_special_tokens,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-    prepared_from = PreparedFrom(
-        sources=tuple(file.entry for file in files[:num_train]),
-        val_sources=tuple(file.entry for file in files[num_train:]),
-        tokenizer_sha256=encoder.sha256,
-        prepend_bos=bool(encoder.prefix),
-        **config.model_dump(exclude={"memory_gb", "prepend_bos"}),
-    )
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / MANIFEST_NAME).exists():
-            manifest = read_manifest(out)
-            refuse_other_origin(out, manifest.prepared_from, prepared_from)
-            shutil.rmtree(out / _WORK_NAME, ignore_errors=True)
-            return manifest
-        with _locked_work_folder(out) as work:
-            passes = Passes(
-                work,
-                out=out,
-                files=files,
-                num_train=num_train,
-                encoder=encoder,
-                config=config,
-                plan=plan_memory(config.memory_gb),
-                prepared_from=prepared_from,
-                progress=progress,
-            )
-            manifest = passes.run()
-            _copy_tokenizer(tokenizer, out / "tokenizer")
-            write_json(out / MANIFEST_NAME, manifest)
-            shutil.rmtree(work)
-            return manifest
+    with tokenizer_folder(tokenizer) as folder:
+        encoder = load_encoder(
+            folder,
+            append_eos=config.append_eos,
+            prepend_bos=config.prepend_bos,
+            parse_special_tokens=config.parse_special_tokens,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+        )
+        prepared_from = PreparedFrom(
+            sources=tuple(file.entry for file in files[:num_train]),
+            val_sources=tuple(file.entry for file in files[num_train:]),
+            tokenizer_sha256=encoder.sha256,
+            prepend_bos=bool(encoder.prefix),
+            **config.model_dump(exclude={"memory_gb", "prepend_bos"}),
+        )
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            if (out / MANIFEST_NAME).exists():
+                manifest = read_manifest(out)
+                refuse_other_origin(out, manifest.prepared_from, prepared_from)
+                shutil.rmtree(out / _WORK_NAME, ignore_errors=True)
+                return manifest
+            with _locked_work_folder(out) as work:
+                passes = Passes(
+                    work,
+                    out=out,
+                    files=files,
+                    num_train=num_train,
+                    encoder=encoder,
+                    config=config,
+                    plan=plan_memory(config.memory_gb),
+                    prepared_from=prepared_from,
+                    progress=progress,
+                )
+                manifest = passes.run()
+                _copy_tokenizer(folder, out / "tokenizer")
+                write_json(out / MANIFEST_NAME, manifest)
+                shutil.rmtree(work)
+                return manifest
 
 
 def _refuse_out_inside(sources: Sequence[Path], out: Path) -> None:
