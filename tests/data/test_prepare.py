@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_documents import Prepare, folder_bytes, make_texts, write_jsonl
+from tiny_hub import make_mirror
 from tokenizers import Tokenizer
 
 from strata.cli.data import prepare_data
@@ -186,12 +187,22 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.parametrize("kind", ["files", "mirror"])
 def test_dying_at_any_commit_changes_nothing(
-    tmp_path: Path, prepare_to: Prepare, tight_memory: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    prepare_to: Prepare,
+    tight_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(400))
-    val = write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
-    options = {"val_fraction": 0.2, "shard_tokens": 900, "val_sources": [val]}
+    options: dict[str, object] = {"val_fraction": 0.2, "shard_tokens": 900}
+    if kind == "files":
+        source = write_jsonl(tmp_path / "a.jsonl", make_texts(400))
+        val = write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
+    else:
+        pytest.importorskip("datasets")
+        source = val = make_mirror(tmp_path / "mirror", make_texts(400))
+    options["val_sources"] = [val]
     prepare_to(tmp_path / "whole", source, **options)
 
     replace = manifest_file.os.replace
@@ -221,11 +232,14 @@ CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
 from strata.data import prepare as room
-room.plan_memory = lambda memory_gb: room.MemoryPlan(
+room.plan_memory = lambda *_, **__: room.MemoryPlan(
     batch_bytes=2_000, max_document_bytes=100_000, run_bytes=10_000, range_bytes=20_000
 )
-source, tokenizer = map(Path, sys.argv[1:])
-config = room.PrepareConfig(val_fraction=0.1, shard_tokens=4_000)
+source, tokenizer = map(Path, sys.argv[1:3])
+options = json.loads(sys.argv[3])
+for name in sys.argv[4:]:
+    __import__(name)
+config = room.PrepareConfig(val_fraction=0.1, shard_tokens=4_000, **options)
 for line in sys.stdin:
     kill_after_s, out = json.loads(line)
     started_s = time.monotonic()
@@ -241,11 +255,22 @@ for line in sys.stdin:
 """
 
 
-def test_sigkill_at_random_times_changes_nothing(tmp_path: Path, tokenizer: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
+@pytest.mark.parametrize("kind", ["files", "mirror"])
+def test_sigkill_at_random_times_changes_nothing(
+    tmp_path: Path, tokenizer: Path, kind: str
+) -> None:
+    options: dict[str, object] = {}
+    num_kills, span = 10, (0.0, 0.3)
+    if kind == "files":
+        source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
+    else:
+        num_kills, span = 10, (0.0, 0.3)
+        pytest.importorskip("datasets")
+        source = make_mirror(tmp_path / "mirror", make_texts(1500))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
-    command = [sys.executable, "-c", CHILD, str(source), str(tokenizer)]
+    command = [sys.executable, "-c", CHILD, str(source), str(tokenizer), json.dumps(options)]
+    command += ["datasets"] if kind == "mirror" else []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as parent:
@@ -259,7 +284,7 @@ def test_sigkill_at_random_times_changes_nothing(tmp_path: Path, tokenizer: Path
         code, duration_s = run(whole, None)
         assert code == 0
         rng = random.Random(0)
-        codes = [run(broken, rng.uniform(0, 0.3 * duration_s))[0] for _ in range(10)]
+        codes = [run(broken, rng.uniform(*span) * duration_s)[0] for _ in range(num_kills)]
         assert codes.count(-signal.SIGKILL) >= 3
         assert run(broken, None)[0] == 0
         parent.stdin.close()

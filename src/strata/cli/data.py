@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def prepare_data(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="parquet, jsonl, txt or folders")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="parquet, jsonl, txt or folders; a data set of the hub as "
+            "owner/name[:config][@revision], or fineweb_edu, fineweb_edu_10bt, dclm",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder to make")],
     tokenizer: Annotated[
@@ -29,8 +34,16 @@ def prepare_data(
     shuffle: Annotated[bool, typer.Option(help="one random order of all documents")] = True,
     val_fraction: Annotated[float, typer.Option(help="share of documents kept for val")] = 0.0,
     val: Annotated[
-        list[Path] | None, typer.Option(help="file or folder that is all val (repeatable)")
+        list[str] | None, typer.Option(help="a SOURCE that is all val (repeatable)")
     ] = None,
+    config: Annotated[str | None, typer.Option(help="configuration of data sets")] = None,
+    split: Annotated[str, typer.Option(help="split of data sets")] = "train",
+    val_split: Annotated[str, typer.Option(help="split of data sets given with --val")] = (
+        "validation"
+    ),
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="read files of the hub without fetching them whole")
+    ] = False,
     text_field: Annotated[str, typer.Option(help="field or column of the text")] = "text",
     paragraphs: Annotated[
         bool, typer.Option("--paragraphs", help="each block of a txt file is a document")
@@ -66,15 +79,19 @@ def prepare_data(
         "append_eos": append_eos,
         "prepend_bos": prepend_bos,
         "parse_special_tokens": parse_special_tokens,
+        "config": config,
+        "split": split,
+        "val_split": val_split,
+        "streaming": streaming,
     }
-    config = validate(PrepareConfig, settings, origin="strata data prepare")
+    chosen = validate(PrepareConfig, settings, origin="strata data prepare")
     was_complete = (out / MANIFEST_NAME).is_file()
     try:
         manifest = prepare(
             sources,
             out=out,
             tokenizer=tokenizer,
-            config=config,
+            config=chosen,
             val_sources=val or (),
             progress=not as_json,
         )
@@ -86,10 +103,10 @@ def prepare_data(
         return
     if was_complete:
         print(f"{out} is complete already, nothing to do")
-    for name, split in manifest.splits.items():
+    for part, written in manifest.splits.items():
         print(
-            f"{name}: {split.num_tokens:,} tokens in {split.num_documents:,} documents "
-            f"and {len(split.shards)} shards"
+            f"{part}: {written.num_tokens:,} tokens in {written.num_documents:,} documents "
+            f"and {len(written.shards)} shards"
         )
     if manifest.num_empty:
         print(f"left out {manifest.num_empty:,} records without text")

@@ -232,6 +232,8 @@ def read_batches(
         if number == num_train and documents:
             yield TextBatch(documents, end, num_empty, done_bytes)
             documents, size_bytes, num_empty = [], 0, 0
+        if number + 1 < len(sources):
+            sources[number + 1].fetch_ahead()
         skip = start.record if number == start.source else 0
         for document in read_documents(sources[number], options=options, skip=skip):
             end = Position(number, document.record)

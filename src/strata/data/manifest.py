@@ -18,7 +18,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, ValidationError
 
 from strata.config import FrozenConfig
-from strata.data.sources import SourceEntry
+from strata.data.sources import DatasetEntry, SourceEntry
 from strata.errors import DataError
 
 FORMAT: Final = "strata-tokens"
@@ -58,10 +58,16 @@ class SplitEntry(FrozenConfig):
 
 
 class PreparedFrom(FrozenConfig):
-    """Everything that decides the bytes of a token folder; equal origins give equal bytes."""
+    """Everything that decides the bytes of a token folder; equal origins give equal bytes.
+
+    Attributes:
+        datasets: which of the sources, counted over `sources` and `val_sources`, belong to data
+            sets, and at which commit.
+    """
 
     sources: tuple[SourceEntry, ...]
     val_sources: tuple[SourceEntry, ...] = ()
+    datasets: tuple[DatasetEntry, ...] = ()
     tokenizer_sha256: str
     seed: int
     shuffle: bool
@@ -141,6 +147,8 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
                 differing.append("the sources are others or have changed")
             elif name == "val_sources":
                 differing.append("the sources of val are others or have changed")
+            elif name == "datasets":
+                differing.append(f"the data sets were {_names(old)}, now {_names(new)}")
             elif name == "tokenizer_sha256":
                 differing.append("the tokenizer is another")
             else:
@@ -150,6 +158,10 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
             f"{out} was prepared with other arguments ({'; '.join(differing)}): "
             "give another --out or delete it"
         )
+
+
+def _names(entries: tuple[DatasetEntry, ...]) -> str:
+    return ", ".join(f"{e.asked} ({e.split}) at {e.revision}" for e in entries) or "none"
 
 
 def write_json(path: Path, content: FrozenConfig) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import ValidationError
 
-from strata.config import FrozenConfig
 from strata.data.encode import (
     EncodedBatch,
     Position,
@@ -17,20 +15,19 @@ from strata.data.encode import (
     encode_batches,
     read_batches,
 )
+from strata.data.inputs import Inputs
 from strata.data.manifest import (
     PreparedFrom,
     ShardEntry,
     SplitEntry,
     TokenManifest,
-    refuse_other_origin,
     write_json,
 )
 from strata.data.order import hash_indices
 from strata.data.progress import ProgressBar
-from strata.data.readers import ReadOptions
 from strata.data.shards import SplitWriter
-from strata.data.sources import Source
-from strata.data.spill import Documents, RunEntry, SortedDocuments, Spill
+from strata.data.spill import Documents, SortedDocuments, Spill
+from strata.data.state import SplitState, State, load_state, state_path
 from strata.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,35 +38,13 @@ _SPILL_EVERY_S = 15.0  # what a killed process repeats at the most
 Split = Literal["train", "val"]
 
 
-class _SplitState(FrozenConfig):
-    """How far the merge of one split has come: whole shards, and the key that follows them."""
-
-    shards: tuple[ShardEntry, ...] = ()
-    next_key: int = 0
-    done: bool = False
-
-
-class _State(FrozenConfig):
-    """Everything a new process needs to go on."""
-
-    prepared_from: PreparedFrom
-    position_source: int = 0
-    position_record: int = 0
-    num_empty: int = 0
-    runs: tuple[RunEntry, ...] = ()
-    scattered: bool = False
-    train: _SplitState = _SplitState()
-    val: _SplitState = _SplitState()
-
-
 class Passes:
     """The work of one `prepare` on a folder that it holds alone.
 
     Args:
         work: where the state and the spill are.
         out: where the splits go.
-        files: what to read.
-        num_train: how many of them, from the first; the others' documents all go to val.
+        inputs: what to read.
         encoder: the tokenizer.
         config: the user's configuration.
         plan: how much memory goes where.
@@ -85,8 +60,7 @@ class Passes:
         work: Path,
         *,
         out: Path,
-        files: list[Source],
-        num_train: int,
+        inputs: Inputs,
         encoder: TextEncoder,
         config: PrepareConfig,
         plan: MemoryPlan,
@@ -95,14 +69,19 @@ class Passes:
     ) -> None:
         self._work = work
         self._out = out
-        self._files = files
-        self._num_train = num_train
+        self._files = inputs.files
+        self._num_train = inputs.num_train
         self._encoder = encoder
         self._config = config
         self._plan = plan
         self._progress = progress
         self._spill = Spill(work, dtype=encoder.dtype)
-        self._state = _load_state(work / "state.json", out, prepared_from)
+        self._state = State(prepared_from=prepared_from)
+        state = load_state(work, out, prepared_from)
+        if state is None:
+            self._commit()  # from here on the commits of data sets stand
+        else:
+            self._state = state
 
     def run(self) -> TokenManifest:
         """Do whatever is left to do, and describe the result."""
@@ -119,19 +98,14 @@ class Passes:
 
     def _commit(self, **changes: object) -> None:
         self._state = self._state.model_copy(update=changes)
-        write_json(self._work / "state.json", self._state)
+        write_json(state_path(self._work), self._state)
 
     # First pass
 
     def _scatter(self) -> None:
-        options = ReadOptions(
-            text_field=self._config.text_field,
-            txt_documents=self._config.txt_documents,
-            max_document_bytes=self._plan.max_document_bytes,
-        )
         batches = read_batches(
             self._files,
-            options=options,
+            options=self._config.read_options(self._plan.max_document_bytes),
             start=Position(self._state.position_source, self._state.position_record),
             batch_bytes=self._plan.batch_bytes,
             num_train=self._num_train,
@@ -183,7 +157,7 @@ class Passes:
     # Second pass
 
     def _merge(self, split: Split) -> None:
-        state: _SplitState = getattr(self._state, split)
+        state: SplitState = getattr(self._state, split)
         if state.done:
             return
         writer = SplitWriter(
@@ -232,7 +206,7 @@ class Passes:
             begin = stop
 
     def _commit_shard(self, split: Split, writer: SplitWriter, *, next_key: int) -> None:
-        state: _SplitState = getattr(self._state, split)
+        state: SplitState = getattr(self._state, split)
         shards = (*state.shards, writer.finish_shard())
         self._commit(**{split: state.model_copy(update={"shards": shards, "next_key": next_key})})
 
@@ -257,14 +231,3 @@ class Passes:
             splits=splits,
             prepared_from=self._state.prepared_from,
         )
-
-
-def _load_state(path: Path, out: Path, prepared_from: PreparedFrom) -> _State:
-    if not path.exists():
-        return _State(prepared_from=prepared_from)
-    try:
-        state = _State.model_validate_json(path.read_bytes())
-    except ValidationError:
-        raise DataError(f"{path} is damaged or of another version: delete {out}") from None
-    refuse_other_origin(out, state.prepared_from, prepared_from)
-    return state

@@ -1,10 +1,11 @@
 """Sources to shuffled, tokenised shards, in bounded memory and at the mercy of no interruption.
 
-Two passes. *Scatter* reads the sources in order, encodes them and spills runs of documents sorted
-by a hash of (seed, document number). *Merge* walks the hashes from below and writes the shards.
-After each run and each shard a small state file is replaced; a killed process goes on from there.
-The order of the documents depends on the hashes alone, so the bytes of the result depend on the
-sources, the tokenizer and the configuration, never on memory, batches or interruptions.
+Two passes. *Scatter* reads the sources in order, encodes them and spills runs of
+documents sorted by a hash of (seed, document number). *Merge* walks the hashes from below and
+writes the shards. After each run and each shard a small state file is replaced; a killed process
+goes on from there. The order of the documents depends on the hashes alone, so the bytes of the
+result depend on the sources, the tokenizer and the configuration, never on memory, batches or
+interruptions.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pydantic import Field
 from strata.config import FrozenConfig
 from strata.data.convert_tokenizer import tokenizer_folder
 from strata.data.encode import load_encoder
+from strata.data.inputs import InputOptions, check_columns, find_inputs
 from strata.data.manifest import (
     MANIFEST_NAME,
     PreparedFrom,
@@ -35,11 +37,10 @@ from strata.data.manifest import (
     write_json,
 )
 from strata.data.passes import Passes
-from strata.data.readers import MAX_DOCUMENT_BYTES
-from strata.data.sources import find_sources
+from strata.data.readers import MAX_DOCUMENT_BYTES, ReadOptions
+from strata.data.state import WORK_NAME, recorded_origin
 from strata.errors import DataError, StorageError
 
-_WORK_NAME = ".prepare"
 _LEAST_FREE_BYTES = 128_000_000
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -72,6 +73,10 @@ class PrepareConfig(FrozenConfig):
         prepend_bos: begin every document with the tokenizer's begin-of-text token; None does so
             where the tokenizer itself begins a text with it, as prompts then begin.
         parse_special_tokens: let "<eos>" in a text become that token; else it stays text.
+        config: the configuration of data sets whose SOURCE names none.
+        split: what is read of data sets among the sources.
+        val_split: what is read of data sets among the sources of val.
+        streaming: read files of the hub range by range, instead of fetching them whole.
     """
 
     memory_gb: Annotated[float, Field(ge=0.4, allow_inf_nan=False)] = 8.0
@@ -84,6 +89,21 @@ class PrepareConfig(FrozenConfig):
     append_eos: bool = True
     prepend_bos: bool | None = None
     parse_special_tokens: bool = False
+    config: str | None = None
+    split: Annotated[str, Field(min_length=1)] = "train"
+    val_split: Annotated[str, Field(min_length=1)] = "validation"
+    streaming: bool = False
+
+    def read_options(self, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> ReadOptions:
+        """How records become documents."""
+        return ReadOptions(self.text_field, self.txt_documents, max_document_bytes)
+
+
+# What does not change the result, or stands in a manifest in another form.
+_NOT_RECORDED = {
+    *("memory_gb", "streaming", "prepend_bos"),
+    *("config", "split", "val_split"),
+}
 
 
 @dataclass(frozen=True)
@@ -126,12 +146,12 @@ def _used_bytes() -> int:
 
 
 def prepare(
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     *,
     out: Path,
     tokenizer: Path,
     config: PrepareConfig,
-    val_sources: Sequence[Path] = (),
+    val_sources: Sequence[str | Path] = (),
     progress: bool = False,
 ) -> TokenManifest:
     """Tokenise, shuffle and shard documents into a folder that `TokenDataset.open` reads.
@@ -140,12 +160,12 @@ def prepare(
     as it is. Besides `out` itself it needs, until it is done, as much disk again.
 
     Args:
-        sources: files or folders of parquet, jsonl, jsonl.gz, jsonl.zst and txt.
+        sources: files or folders of parquet, jsonl, jsonl.gz, jsonl.zst and txt; data sets of the
+            hub as `owner/name[:config][@revision]` or by an alias; folders that mirror one.
         out: the folder to make.
         tokenizer: a folder with a tokenizer.json, or a tiktoken or sentencepiece file.
         config: how.
-        val_sources: files or folders of which every document goes to `val`, whatever
-            `val_fraction` says.
+        val_sources: sources of which every document goes to `val`, whatever `val_fraction` says.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -153,13 +173,15 @@ def prepare(
 
     Raises:
         DataError: a source, the tokenizer or an existing `out` cannot be used.
+        ConfigError: an option is for data sets, and no source is one.
+        HubError: a data set cannot be had from the hub; what was done so far is kept.
         StorageError: the disk is full or `out` cannot be written; what was done so far is kept.
     """
-    out, tokenizer = Path(out), Path(tokenizer)
-    files = find_sources([Path(source) for source in (*sources, *val_sources)])
-    num_train = len(find_sources([Path(source) for source in sources]))
-    _refuse_out_inside([*sources, *val_sources], out)
-    with tokenizer_folder(tokenizer) as folder:
+    out = Path(out)
+    options = InputOptions(config.config, config.split, config.val_split, config.streaming)
+    inputs = find_inputs(sources, val_sources, options=options, recorded=recorded_origin(out))
+    _refuse_out_inside(inputs.folders, out)
+    with tokenizer_folder(Path(tokenizer)) as folder:
         encoder = load_encoder(
             folder,
             append_eos=config.append_eos,
@@ -168,26 +190,31 @@ def prepare(
             val_fraction=config.val_fraction,
             seed=config.seed,
         )
+        entries = tuple(file.entry for file in inputs.files)
         prepared_from = PreparedFrom(
-            sources=tuple(file.entry for file in files[:num_train]),
-            val_sources=tuple(file.entry for file in files[num_train:]),
+            sources=entries[: inputs.num_train],
+            val_sources=entries[inputs.num_train :],
+            datasets=inputs.datasets,
             tokenizer_sha256=encoder.sha256,
             prepend_bos=bool(encoder.prefix),
-            **config.model_dump(exclude={"memory_gb", "prepend_bos"}),
+            **{
+                name: getattr(config, name)
+                for name in type(config).model_fields.keys() - _NOT_RECORDED
+            },
         )
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             if (out / MANIFEST_NAME).exists():
                 manifest = read_manifest(out)
                 refuse_other_origin(out, manifest.prepared_from, prepared_from)
-                shutil.rmtree(out / _WORK_NAME, ignore_errors=True)
+                shutil.rmtree(out / WORK_NAME, ignore_errors=True)
                 return manifest
+            check_columns(inputs, options=config.read_options())
             with _locked_work_folder(out) as work:
                 passes = Passes(
                     work,
                     out=out,
-                    files=files,
-                    num_train=num_train,
+                    inputs=inputs,
                     encoder=encoder,
                     config=config,
                     plan=plan_memory(config.memory_gb),
@@ -203,14 +230,14 @@ def prepare(
 
 def _refuse_out_inside(sources: Sequence[Path], out: Path) -> None:
     for source in sources:
-        if Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+        if source.resolve() in (out.resolve(), *out.resolve().parents):
             raise DataError(f"{out} lies inside the source {source}: give an --out outside of it")
 
 
 @contextmanager
 def _locked_work_folder(out: Path) -> Iterator[Path]:
     """The folder of the work in progress, held by this process alone."""
-    work = out / _WORK_NAME
+    work = out / WORK_NAME
     if not work.is_dir():
         if any(out.iterdir()):
             raise DataError(f"{out} exists and holds other files: give an empty or new --out")
