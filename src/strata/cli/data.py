@@ -30,6 +30,9 @@ def prepare_data(
         Path, typer.Option(help="folder with a tokenizer.json, tiktoken or sentencepiece file")
     ],
     memory_gb: Annotated[float, typer.Option(help="memory to use, in 1e9 bytes")] = 8.0,
+    workers: Annotated[
+        int, typer.Option(help="processes that encode; 0: the tokenizer's threads in this one")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="of the shuffle and the validation split")] = 42,
     shuffle: Annotated[bool, typer.Option(help="one random order of all documents")] = True,
     val_fraction: Annotated[float, typer.Option(help="share of documents kept for val")] = 0.0,
@@ -70,6 +73,7 @@ def prepare_data(
 
     settings = {
         "memory_gb": memory_gb,
+        "workers": workers,
         "seed": seed,
         "shuffle": shuffle,
         "val_fraction": val_fraction,

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from strata.data.encode import (
-    EncodedBatch,
-    Position,
-    TextEncoder,
-    encode_batches,
-    read_batches,
-)
+from strata.data.batches import Position, read_batches
+from strata.data.encode import EncodedBatch, TextEncoder
 from strata.data.inputs import Inputs
 from strata.data.manifest import (
     PreparedFrom,
@@ -23,15 +19,17 @@ from strata.data.manifest import (
     TokenManifest,
     write_json,
 )
+from strata.data.memory import MemoryPlan
 from strata.data.order import hash_indices
 from strata.data.progress import ProgressBar
 from strata.data.shards import SplitWriter
 from strata.data.spill import Documents, SortedDocuments, Spill
 from strata.data.state import SplitState, State, load_state, state_path
+from strata.data.workers import Encoding, encode_batches
 from strata.errors import DataError
 
 if TYPE_CHECKING:
-    from strata.data.prepare import MemoryPlan, PrepareConfig
+    from strata.data.prepare import PrepareConfig
 
 _SPILL_EVERY_S = 15.0  # what a killed process repeats at the most
 
@@ -46,6 +44,7 @@ class Passes:
         out: where the splits go.
         inputs: what to read.
         encoder: the tokenizer.
+        encoding: what encodes with it.
         config: the user's configuration.
         plan: how much memory goes where.
         prepared_from: what a state must agree with to be gone on from.
@@ -62,6 +61,7 @@ class Passes:
         out: Path,
         inputs: Inputs,
         encoder: TextEncoder,
+        encoding: Encoding,
         config: PrepareConfig,
         plan: MemoryPlan,
         prepared_from: PreparedFrom,
@@ -72,6 +72,7 @@ class Passes:
         self._files = inputs.files
         self._num_train = inputs.num_train
         self._encoder = encoder
+        self._encoding = encoding
         self._config = config
         self._plan = plan
         self._progress = progress
@@ -114,8 +115,12 @@ class Passes:
         num_tokens = sum(run.num_tokens for run in self._state.runs)
         waiting: list[EncodedBatch] = []
         waiting_bytes, spilled_s = 0, time.monotonic()
-        with ProgressBar("tokenising", total=total_bytes, enabled=self._progress) as bar:
-            for batch in encode_batches(self._encoder, batches):
+        most_bytes = self._plan.batch_bytes * (self._encoding.at_once + self._encoding.ahead)
+        with (
+            ProgressBar("tokenising", total=total_bytes, enabled=self._progress) as bar,
+            closing(encode_batches(self._encoding, batches, most_bytes=most_bytes)) as encoded,
+        ):
+            for batch in encoded:
                 waiting.append(batch)
                 num_tokens += len(batch.documents.tokens)
                 waiting_bytes += batch.documents.tokens.nbytes + 48 * len(batch.documents.lengths)

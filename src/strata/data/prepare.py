@@ -4,8 +4,8 @@ Two passes. *Scatter* reads the sources in order, encodes them and spills runs o
 documents sorted by a hash of (seed, document number). *Merge* walks the hashes from below and
 writes the shards. After each run and each shard a small state file is replaced; a killed process
 goes on from there. The order of the documents depends on the hashes alone, so the bytes of the
-result depend on the sources, the tokenizer and the configuration, never on memory, batches or
-interruptions.
+result depend on the sources, the tokenizer and the configuration, never on memory, workers, batches
+or interruptions.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +23,6 @@ from pydantic import Field
 
 from strata.config import FrozenConfig
 from strata.data.convert_tokenizer import tokenizer_folder
-from strata.data.encode import load_encoder
 from strata.data.inputs import InputOptions, check_columns, find_inputs
 from strata.data.manifest import (
     MANIFEST_NAME,
@@ -36,12 +32,16 @@ from strata.data.manifest import (
     refuse_other_origin,
     write_json,
 )
+from strata.data.memory import MemoryPlan, plan_memory
+from strata.data.open_tokenizer import load_encoder
 from strata.data.passes import Passes
 from strata.data.readers import MAX_DOCUMENT_BYTES, ReadOptions
 from strata.data.state import WORK_NAME, recorded_origin
+from strata.data.workers import open_encoding
 from strata.errors import DataError, StorageError
 
-_LEAST_FREE_BYTES = 128_000_000
+__all__ = ["MemoryPlan", "PrepareConfig", "plan_memory", "prepare", "storage_errors"]
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,8 +58,11 @@ class PrepareConfig(FrozenConfig):
     """How documents become shards.
 
     Attributes:
-        memory_gb: how much memory the process may use, in 1e9 bytes, the 0.4 GB of the libraries
-            included; it does not change the result. At least 0.13 GB are used beside those.
+        memory_gb: how much memory the process and its workers may use, in 1e9 bytes, the 0.4 GB
+            of the libraries included; it does not change the result. At least 0.13 GB are used
+            beside those.
+        workers: processes that encode, of about 0.1 GB each; 0 does it in this one, on
+            the tokenizer's own threads. They do not change the result either.
         seed: of the shuffle and of the validation split.
         shuffle: put all documents of all sources in one random order; else keep theirs.
         text_field: the field or column that holds a text; rows without it may hold `prompt` and
@@ -80,6 +83,7 @@ class PrepareConfig(FrozenConfig):
     """
 
     memory_gb: Annotated[float, Field(ge=0.4, allow_inf_nan=False)] = 8.0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     seed: int = 42
     shuffle: bool = True
     text_field: Annotated[str, Field(min_length=1)] = "text"
@@ -101,48 +105,9 @@ class PrepareConfig(FrozenConfig):
 
 # What does not change the result, or stands in a manifest in another form.
 _NOT_RECORDED = {
-    *("memory_gb", "streaming", "prepend_bos"),
+    *("memory_gb", "workers", "streaming", "prepend_bos"),
     *("config", "split", "val_split"),
 }
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How `memory_gb` is shared out.
-
-    Attributes:
-        batch_bytes: text encoded in one go; two batches are in flight.
-        max_document_bytes: the longest document that can be encoded within the memory.
-        run_bytes: tokens sorted in memory before they are spilled.
-        range_bytes: tokens merged in memory.
-    """
-
-    batch_bytes: int
-    max_document_bytes: int
-    run_bytes: int
-    range_bytes: int
-
-
-def plan_memory(memory_gb: float) -> MemoryPlan:
-    """Share out what `memory_gb` leaves beside the interpreter and its libraries.
-
-    Encoding takes 60 times the bytes of a batch and up to 110 times those of one long document;
-    a run is held twice while it is sorted. Runs stay below 128 MB however much memory there is;
-    longer ones would not make the merge faster.
-    """
-    free_bytes = max(_LEAST_FREE_BYTES, int(memory_gb * 1e9) - _used_bytes())
-    return MemoryPlan(
-        batch_bytes=min(2**21, free_bytes // 256),
-        max_document_bytes=min(MAX_DOCUMENT_BYTES, max(2**20, free_bytes // 128)),
-        run_bytes=min(2**27, free_bytes // 8),
-        range_bytes=min(2**31, free_bytes // 4),
-    )
-
-
-def _used_bytes() -> int:
-    """The most memory that this process has held so far."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def prepare(
@@ -175,6 +140,7 @@ def prepare(
         DataError: a source, the tokenizer or an existing `out` cannot be used.
         ConfigError: an option is for data sets, and no source is one.
         HubError: a data set cannot be had from the hub; what was done so far is kept.
+        WorkerError: a worker ended by itself; what was done so far is kept.
         StorageError: the disk is full or `out` cannot be written; what was done so far is kept.
     """
     out = Path(out)
@@ -210,14 +176,21 @@ def prepare(
                 shutil.rmtree(out / WORK_NAME, ignore_errors=True)
                 return manifest
             check_columns(inputs, options=config.read_options())
-            with _locked_work_folder(out) as work:
+            with (
+                _locked_work_folder(out) as work,
+                open_encoding(encoder, config.workers) as encoding,
+            ):
+                plan = plan_memory(
+                    config.memory_gb, workers=config.workers, workers_bytes=encoding.held_bytes
+                )
                 passes = Passes(
                     work,
                     out=out,
                     inputs=inputs,
                     encoder=encoder,
+                    encoding=encoding,
                     config=config,
-                    plan=plan_memory(config.memory_gb),
+                    plan=plan,
                     prepared_from=prepared_from,
                     progress=progress,
                 )
