@@ -333,9 +333,14 @@ def test_the_command_line_prepares_a_mirror(
 ) -> None:
     code, printed, _ = run(
         *("data", "prepare", f"{mirror}:default", "--out", tmp_path / "out", "--json"),
-        *("--tokenizer", tokenizer),
+        *("--tokenizer", tokenizer, "--min-chars", 40, "--rule", "words=..20"),
     )
     assert code == 0
     summary = json.loads(printed)
-    assert summary["num_documents"] == len(splits_of(TEXTS)[0])
+    train = splits_of(TEXTS)[0]
+    short = sum(len(text) < 40 for text in train)
+    wordy = sum(len(text) >= 40 and len(text.split()) > 20 for text in train)
+    assert short > 10 and wordy > 10
+    assert summary["num_dropped"] == {"min_chars": short, "words": wordy}
+    assert summary["num_documents"] == len(train) - short - wordy
     assert TokenDataset.open(tmp_path / "out").num_documents == summary["num_documents"]

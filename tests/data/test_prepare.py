@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from strata.cli.data import prepare_data
 from strata.data import manifest as manifest_file
 from strata.data.dataset import TokenDataset
+from strata.data.filters import FilterConfig
 from strata.data.prepare import PrepareConfig
 from strata.errors import DataError
 
@@ -187,6 +188,11 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+NEW_PATHS = {
+    "filters": {"min_chars": 20, "max_tokens": 70, "rules": {"words": (None, 35)}},
+}
+
+
 @pytest.mark.parametrize("kind", ["files", "mirror"])
 def test_dying_at_any_commit_changes_nothing(
     tmp_path: Path,
@@ -202,8 +208,11 @@ def test_dying_at_any_commit_changes_nothing(
     else:
         pytest.importorskip("datasets")
         source = val = make_mirror(tmp_path / "mirror", make_texts(400))
+        options |= NEW_PATHS
     options["val_sources"] = [val]
-    prepare_to(tmp_path / "whole", source, **options)
+    whole = prepare_to(tmp_path / "whole", source, **options)
+    if kind == "mirror":
+        assert set(whole.num_dropped) == {"min_chars", "max_tokens", "words"}
 
     replace = manifest_file.os.replace
     rng = random.Random(0)
@@ -267,7 +276,7 @@ def test_sigkill_at_random_times_changes_nothing(
         num_kills, span = 6, (0.2, 0.7)  # workers take their time to start
         pytest.importorskip("datasets")
         source = make_mirror(tmp_path / "mirror", make_texts(1500))
-        options = {"workers": 2}
+        options = {**NEW_PATHS, "workers": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     command = [sys.executable, "-c", CHILD, str(source), str(tokenizer), json.dumps(options)]
@@ -333,5 +342,9 @@ def test_command_line_defaults_are_the_configuration() -> None:
     )
     assert defaults.pop("paragraphs") is False and fields["txt_documents"].default == "file"
     assert defaults.pop("as_json") is False and defaults.pop("val") is None
+    assert defaults.pop("rule") is None and FilterConfig().rules == {}
     for name, default in defaults.items():
-        assert fields[name].default == default, name
+        owner = fields if name in fields else FilterConfig.model_fields
+        assert owner[name].default == default, name
+    assert set(fields) - set(defaults) == {"txt_documents", "filters"}
+    assert set(FilterConfig.model_fields) - set(defaults) == {"rules"}

@@ -57,6 +57,7 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path, prepare_to: Prepare) ->
     options: dict[str, object] = {
         "val_fraction": 0.2,
         "shard_tokens": 1500,
+        "filters": {"min_chars": 12, "max_tokens": 50},
     }
     for parse_special_tokens in (False, True):
         folders = {}

@@ -60,6 +60,17 @@ def prepare_data(
     parse_special_tokens: Annotated[
         bool, typer.Option(help='let "<eos>" in a text be that token, not text')
     ] = False,
+    min_chars: Annotated[int | None, typer.Option(help="drop shorter documents")] = None,
+    max_chars: Annotated[int | None, typer.Option(help="drop longer documents")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="drop shorter documents")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="drop longer documents")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="drop what breaks a rule of Gopher (repeatable): NAME, NAME=LEAST..MOST, or "
+            "gopher for all"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokenise, shuffle and shard documents.
@@ -68,9 +79,17 @@ def prepare_data(
     completion; prompts carry no loss.
     """
     from strata.config import validate
+    from strata.data.filters import parse_rules
     from strata.data.manifest import MANIFEST_NAME
     from strata.data.prepare import PrepareConfig, prepare
 
+    filters = {
+        "min_chars": min_chars,
+        "max_chars": max_chars,
+        "min_tokens": min_tokens,
+        "max_tokens": max_tokens,
+        "rules": parse_rules(rule or ()),
+    }
     settings = {
         "memory_gb": memory_gb,
         "workers": workers,
@@ -87,6 +106,7 @@ def prepare_data(
         "split": split,
         "val_split": val_split,
         "streaming": streaming,
+        "filters": filters,
     }
     chosen = validate(PrepareConfig, settings, origin="strata data prepare")
     was_complete = (out / MANIFEST_NAME).is_file()
@@ -114,6 +134,8 @@ def prepare_data(
         )
     if manifest.num_empty:
         print(f"left out {manifest.num_empty:,} records without text")
+    for name, count in manifest.num_dropped.items():
+        print(f"left out {count:,} documents by {name}")
 
 
 def references(
@@ -184,6 +206,7 @@ def _summary(out: Path, manifest: TokenManifest, *, was_complete: bool) -> dict[
         "num_tokens": manifest.num_tokens,
         "num_documents": manifest.num_documents,
         "num_empty": manifest.num_empty,
+        "num_dropped": manifest.num_dropped,
         "vocab_size": manifest.vocab_size,
         "splits": {
             name: {

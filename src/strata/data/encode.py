@@ -1,4 +1,4 @@
-"""Documents to token ids: the tokenizer and the split.
+"""Documents to token ids: filters, the tokenizer and the split.
 
 A batch is a function of its documents alone, so it comes out the same in every process. This file
 and what it imports must not need torch: processes of `workers.py` load it without the rest.
@@ -7,12 +7,15 @@ and what it imports must not need torch: processes of `workers.py` load it witho
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from strata.data.batches import Position, TextBatch
+from strata.data.filters import FilterConfig
 from strata.data.order import content_fraction
 from strata.data.readers import Document
 from strata.data.spill import Documents
@@ -20,17 +23,23 @@ from strata.data.spill import Documents
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch as token ids; the other fields as in `TextBatch`."""
+    """A batch as token ids; `end`, `num_empty` and `bytes_read` as in `TextBatch`.
+
+    Attributes:
+        documents: what stayed.
+        dropped: filter -> how many documents it dropped.
+    """
 
     documents: Documents
     end: Position
     num_empty: int
     bytes_read: int
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A tokenizer and what is put around each document.
+    """A tokenizer, what is put around each document, and which documents stay.
 
     Attributes:
         tokenizer: encodes text without special tokens.
@@ -40,6 +49,7 @@ class TextEncoder:
         prefix, suffix: ids put before and behind every document.
         val_fraction: the share of documents that go to the validation split, by their content.
         seed: of that choice.
+        filters: which documents are left out.
     """
 
     tokenizer: Tokenizer
@@ -52,6 +62,7 @@ class TextEncoder:
     suffix: tuple[int, ...]
     val_fraction: float
     seed: int
+    filters: FilterConfig = field(default_factory=FilterConfig)
 
     @property
     def dtype(self) -> np.dtype:
@@ -59,15 +70,20 @@ class TextEncoder:
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def encode(self, batch: TextBatch) -> EncodedBatch:
-        """Encode a batch; a document that yields no tokens counts as empty."""
-        texts = self._encode_all([document.text for document in batch.documents])
-        prompts = self._encode_all([document.prompt for document in batch.documents])
+        """Encode what the filters leave of a batch; what yields no tokens counts as empty."""
+        dropped: Counter[str] = Counter()
+        given = list(self._filtered(batch.documents, dropped))
+        texts = self._encode_all([document.text for document in given])
+        prompts = self._encode_all([document.prompt for document in given])
         flat = array("I")
         lengths, loss_from, is_val = [], [], []
         num_empty = batch.num_empty
-        for document, prompt, text in zip(batch.documents, prompts, texts, strict=True):
+        for document, prompt, text in zip(given, prompts, texts, strict=True):
             if not prompt and not text and not self.suffix:
                 num_empty += 1
+                continue
+            if rule := self.filters.dropped_by_tokens(len(prompt) + len(text)):
+                dropped[rule] += 1
                 continue
             start = len(flat)
             for ids in (self.prefix, prompt, text, self.suffix):
@@ -81,7 +97,15 @@ class TextEncoder:
             loss_from=np.array(loss_from, np.int32),
             is_val=np.array(is_val, bool),
         )
-        return EncodedBatch(documents, batch.end, num_empty, batch.bytes_read)
+        return EncodedBatch(documents, batch.end, num_empty, batch.bytes_read, dict(dropped))
+
+    def _filtered(self, documents: list[Document], dropped: Counter[str]) -> Iterator[Document]:
+        for document in documents:
+            rule = self.filters.dropped_by(_whole(document))
+            if rule is None:
+                yield document
+            else:
+                dropped[rule] += 1
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         if not any(texts):
@@ -95,3 +119,7 @@ class TextEncoder:
             return False
         content = f"{document.prompt}\0{document.text}".encode()
         return content_fraction(content, seed=self.seed, purpose="val") < self.val_fraction
+
+
+def _whole(document: Document) -> str:
+    return document.prompt + document.text

@@ -18,6 +18,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, ValidationError
 
 from strata.config import FrozenConfig
+from strata.data.filters import FilterConfig
 from strata.data.sources import DatasetEntry, SourceEntry
 from strata.errors import DataError
 
@@ -78,6 +79,7 @@ class PreparedFrom(FrozenConfig):
     append_eos: bool
     prepend_bos: bool
     parse_special_tokens: bool
+    filters: FilterConfig = Field(default_factory=FilterConfig)
 
 
 class TokenManifest(FrozenConfig):
@@ -89,6 +91,8 @@ class TokenManifest(FrozenConfig):
         eos_id, bos_id, pad_id: ids of the tokenizer's special tokens, None where it has none.
         num_tokens, num_documents: sums over the splits.
         num_empty: source records left out because they hold no text.
+        num_dropped: how many documents each filter left out: a document counts for the first one
+            that drops it.
         splits: `train`, and `val` where `val_fraction` > 0 or sources of it were given.
         prepared_from: the arguments and sources.
     """
@@ -103,6 +107,7 @@ class TokenManifest(FrozenConfig):
     num_tokens: Count
     num_documents: Count
     num_empty: Count
+    num_dropped: dict[str, Count] = Field(default_factory=dict)
     splits: dict[Literal["train", "val"], SplitEntry]
     prepared_from: PreparedFrom
 
@@ -149,6 +154,8 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
                 differing.append("the sources of val are others or have changed")
             elif name == "datasets":
                 differing.append(f"the data sets were {_names(old)}, now {_names(new)}")
+            elif name == "filters":
+                differing.append(f"{name} were {_settings(old)}, now {_settings(new)}")
             elif name == "tokenizer_sha256":
                 differing.append("the tokenizer is another")
             else:
@@ -162,6 +169,10 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
 
 def _names(entries: tuple[DatasetEntry, ...]) -> str:
     return ", ".join(f"{e.asked} ({e.split}) at {e.revision}" for e in entries) or "none"
+
+
+def _settings(config: FrozenConfig) -> str:
+    return config.model_dump_json(exclude_defaults=True)
 
 
 def write_json(path: Path, content: FrozenConfig) -> None:

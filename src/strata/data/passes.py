@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -130,12 +131,27 @@ class Passes:
                     waiting, waiting_bytes, spilled_s = [], 0, time.monotonic()
                 bar.update(batch.bytes_read, note=f"{num_tokens / 1e6:.1f}M tokens")
         if not self._state.runs and not any(len(batch.documents.lengths) for batch in waiting):
-            raise DataError(
-                f"no text in {self._files[0].path}"
-                + (f" and {len(self._files) - 1} more" if len(self._files) > 1 else "")
-                + ": every record is empty, or there are none"
-            )
+            raise self._nothing(waiting)
         self._spill_run(waiting, is_last=True)
+
+    def _nothing(self, waiting: list[EncodedBatch]) -> DataError:
+        more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
+        dropped = self._counted(waiting)
+        if dropped:
+            counts = ", ".join(f"{count:,} by {name}" for name, count in dropped.items())
+            return DataError(
+                f"no document of {self._files[0].path}{more} is left: the filters dropped {counts}"
+            )
+        return DataError(
+            f"no text in {self._files[0].path}{more}: every record is empty, or there are none"
+        )
+
+    def _counted(self, batches: list[EncodedBatch]) -> dict[str, int]:
+        """How many documents each filter has dropped, those of `batches` included."""
+        counts = Counter(self._state.num_dropped)
+        for batch in batches:
+            counts.update(batch.dropped)
+        return dict(sorted(counts.items()))
 
     def _spill_run(self, batches: list[EncodedBatch], *, is_last: bool = False) -> None:
         """Write waiting batches as one run and remember how far reading has come."""
@@ -156,6 +172,7 @@ class Passes:
             position_source=batches[-1].end.source,
             position_record=batches[-1].end.record,
             num_empty=self._state.num_empty + sum(batch.num_empty for batch in batches),
+            num_dropped=self._counted(batches),
             scattered=is_last,
         )
 
@@ -233,6 +250,7 @@ class Passes:
             num_tokens=sum(split.num_tokens for split in splits.values()),
             num_documents=sum(split.num_documents for split in splits.values()),
             num_empty=self._state.num_empty,
+            num_dropped=self._state.num_dropped,
             splits=splits,
             prepared_from=self._state.prepared_from,
         )

@@ -1,6 +1,6 @@
 """Sources to shuffled, tokenised shards, in bounded memory and at the mercy of no interruption.
 
-Two passes. *Scatter* reads the sources in order, encodes them and spills runs of
+Two passes. *Scatter* reads the sources in order, filters and encodes them and spills runs of
 documents sorted by a hash of (seed, document number). *Merge* walks the hashes from below and
 writes the shards. After each run and each shard a small state file is replaced; a killed process
 goes on from there. The order of the documents depends on the hashes alone, so the bytes of the
@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,8 @@ from pydantic import Field
 
 from strata.config import FrozenConfig
 from strata.data.convert_tokenizer import tokenizer_folder
+from strata.data.encode import TextEncoder
+from strata.data.filters import FilterConfig
 from strata.data.inputs import InputOptions, check_columns, find_inputs
 from strata.data.manifest import (
     MANIFEST_NAME,
@@ -61,7 +64,7 @@ class PrepareConfig(FrozenConfig):
         memory_gb: how much memory the process and its workers may use, in 1e9 bytes, the 0.4 GB
             of the libraries included; it does not change the result. At least 0.13 GB are used
             beside those.
-        workers: processes that encode, of about 0.1 GB each; 0 does it in this one, on
+        workers: processes that filter and encode, of about 0.1 GB each; 0 does it in this one, on
             the tokenizer's own threads. They do not change the result either.
         seed: of the shuffle and of the validation split.
         shuffle: put all documents of all sources in one random order; else keep theirs.
@@ -80,6 +83,7 @@ class PrepareConfig(FrozenConfig):
         split: what is read of data sets among the sources.
         val_split: what is read of data sets among the sources of val.
         streaming: read files of the hub range by range, instead of fetching them whole.
+        filters: which documents are left out.
     """
 
     memory_gb: Annotated[float, Field(ge=0.4, allow_inf_nan=False)] = 8.0
@@ -97,6 +101,7 @@ class PrepareConfig(FrozenConfig):
     split: Annotated[str, Field(min_length=1)] = "train"
     val_split: Annotated[str, Field(min_length=1)] = "validation"
     streaming: bool = False
+    filters: FilterConfig = Field(default_factory=FilterConfig)
 
     def read_options(self, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> ReadOptions:
         """How records become documents."""
@@ -148,14 +153,7 @@ def prepare(
     inputs = find_inputs(sources, val_sources, options=options, recorded=recorded_origin(out))
     _refuse_out_inside(inputs.folders, out)
     with tokenizer_folder(Path(tokenizer)) as folder:
-        encoder = load_encoder(
-            folder,
-            append_eos=config.append_eos,
-            prepend_bos=config.prepend_bos,
-            parse_special_tokens=config.parse_special_tokens,
-            val_fraction=config.val_fraction,
-            seed=config.seed,
-        )
+        encoder = _open_encoder(folder, config)
         entries = tuple(file.entry for file in inputs.files)
         prepared_from = PreparedFrom(
             sources=entries[: inputs.num_train],
@@ -199,6 +197,18 @@ def prepare(
                 write_json(out / MANIFEST_NAME, manifest)
                 shutil.rmtree(work)
                 return manifest
+
+
+def _open_encoder(folder: Path, config: PrepareConfig) -> TextEncoder:
+    encoder = load_encoder(
+        folder,
+        append_eos=config.append_eos,
+        prepend_bos=config.prepend_bos,
+        parse_special_tokens=config.parse_special_tokens,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
+    return replace(encoder, filters=config.filters)
 
 
 def _refuse_out_inside(sources: Sequence[Path], out: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from strata.config import FrozenConfig
 from strata.data.manifest import (
@@ -36,6 +36,7 @@ class State(FrozenConfig):
     position_source: int = 0
     position_record: int = 0
     num_empty: int = 0
+    num_dropped: dict[str, int] = Field(default_factory=dict)
     runs: tuple[RunEntry, ...] = ()
     scattered: bool = False
     train: SplitState = SplitState()
