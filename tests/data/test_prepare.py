@@ -190,6 +190,7 @@ class Killed(BaseException):
 
 NEW_PATHS = {
     "filters": {"min_chars": 20, "max_tokens": 70, "rules": {"words": (None, 35)}},
+    "near_duplicates": 0.8,
 }
 
 
@@ -207,12 +208,13 @@ def test_dying_at_any_commit_changes_nothing(
         val = write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
     else:
         pytest.importorskip("datasets")
-        source = val = make_mirror(tmp_path / "mirror", make_texts(400))
+        pytest.importorskip("rensa")
+        source = val = make_mirror(tmp_path / "mirror", with_copies(make_texts(400)))
         options |= NEW_PATHS
     options["val_sources"] = [val]
     whole = prepare_to(tmp_path / "whole", source, **options)
     if kind == "mirror":
-        assert set(whole.num_dropped) == {"min_chars", "max_tokens", "words"}
+        assert set(whole.num_dropped) == {"min_chars", "max_tokens", "words", "near_duplicates"}
 
     replace = manifest_file.os.replace
     rng = random.Random(0)
@@ -235,6 +237,17 @@ def test_dying_at_any_commit_changes_nothing(
             assert deaths < 500, "no progress is kept"
     assert deaths > 10
     assert folder_bytes(tmp_path / "broken") == folder_bytes(tmp_path / "whole")
+
+
+def with_copies(texts: list[str]) -> list[str]:
+    """The texts, each third one long and there again a little later, and some of them short."""
+    copied: list[str] = []
+    for number, text in enumerate(texts):
+        long = " ".join([text, *(f"{number}-{word}" for word in text.split()[:12])])
+        copied.append(long if number % 3 == 0 else text)
+        if number % 6 == 3:
+            copied.append(copied[number // 2] + ".")
+    return copied
 
 
 CHILD = """
@@ -275,12 +288,13 @@ def test_sigkill_at_random_times_changes_nothing(
     else:
         num_kills, span = 6, (0.2, 0.7)  # workers take their time to start
         pytest.importorskip("datasets")
-        source = make_mirror(tmp_path / "mirror", make_texts(1500))
+        pytest.importorskip("rensa")
+        source = make_mirror(tmp_path / "mirror", with_copies(make_texts(1500)))
         options = {**NEW_PATHS, "workers": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     command = [sys.executable, "-c", CHILD, str(source), str(tokenizer), json.dumps(options)]
-    command += ["datasets"] if kind == "mirror" else []
+    command += ["datasets", "rensa"] if kind == "mirror" else []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as parent:

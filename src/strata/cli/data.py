@@ -71,6 +71,9 @@ def prepare_data(
             "gopher for all"
         ),
     ] = None,
+    near_duplicates: Annotated[
+        float | None, typer.Option(help="drop documents so similar to an earlier one, as 0.8")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokenise, shuffle and shard documents.
@@ -107,6 +110,7 @@ def prepare_data(
         "val_split": val_split,
         "streaming": streaming,
         "filters": filters,
+        "near_duplicates": near_duplicates,
     }
     chosen = validate(PrepareConfig, settings, origin="strata data prepare")
     was_complete = (out / MANIFEST_NAME).is_file()

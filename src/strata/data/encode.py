@@ -1,4 +1,4 @@
-"""Documents to token ids: filters, the tokenizer and the split.
+"""Documents to token ids: filters, the tokenizer, the split, and hashes for near duplicates.
 
 A batch is a function of its documents alone, so it comes out the same in every process. This file
 and what it imports must not need torch: processes of `workers.py` load it without the rest.
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from strata.data.batches import Position, TextBatch
 from strata.data.filters import FilterConfig
+from strata.data.near_duplicates import BandHasher
 from strata.data.order import content_fraction
 from strata.data.readers import Document
 from strata.data.spill import Documents
@@ -28,6 +29,7 @@ class EncodedBatch:
     Attributes:
         documents: what stayed.
         dropped: filter -> how many documents it dropped.
+        bands: (num_documents, bands) uint64, where near duplicates are looked for.
     """
 
     documents: Documents
@@ -35,6 +37,7 @@ class EncodedBatch:
     num_empty: int
     bytes_read: int
     dropped: dict[str, int] = field(default_factory=dict)
+    bands: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class TextEncoder:
         val_fraction: the share of documents that go to the validation split, by their content.
         seed: of that choice.
         filters: which documents are left out.
+        hasher: of near duplicates; None does not look for them.
     """
 
     tokenizer: Tokenizer
@@ -63,6 +67,7 @@ class TextEncoder:
     val_fraction: float
     seed: int
     filters: FilterConfig = field(default_factory=FilterConfig)
+    hasher: BandHasher | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -76,7 +81,7 @@ class TextEncoder:
         texts = self._encode_all([document.text for document in given])
         prompts = self._encode_all([document.prompt for document in given])
         flat = array("I")
-        lengths, loss_from, is_val = [], [], []
+        lengths, loss_from, is_val, stayed = [], [], [], []
         num_empty = batch.num_empty
         for document, prompt, text in zip(given, prompts, texts, strict=True):
             if not prompt and not text and not self.suffix:
@@ -91,13 +96,15 @@ class TextEncoder:
             lengths.append(len(flat) - start)
             loss_from.append(len(self.prefix) + len(prompt) if document.prompt else 0)
             is_val.append(batch.is_val or self._is_val(document))
+            stayed.append(document)
         documents = Documents(
             tokens=np.array(flat, self.dtype),
             lengths=np.array(lengths, np.int64),
             loss_from=np.array(loss_from, np.int32),
             is_val=np.array(is_val, bool),
         )
-        return EncodedBatch(documents, batch.end, num_empty, batch.bytes_read, dict(dropped))
+        bands = self.hasher.hash([_whole(document) for document in stayed]) if self.hasher else None
+        return EncodedBatch(documents, batch.end, num_empty, batch.bytes_read, dict(dropped), bands)
 
     def _filtered(self, documents: list[Document], dropped: Counter[str]) -> Iterator[Document]:
         for document in documents:

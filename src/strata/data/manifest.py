@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from strata.config import FrozenConfig
 from strata.data.filters import FilterConfig
+from strata.data.near_duplicates import NearDuplicates
 from strata.data.sources import DatasetEntry, SourceEntry
 from strata.errors import DataError
 
@@ -80,6 +81,7 @@ class PreparedFrom(FrozenConfig):
     prepend_bos: bool
     parse_special_tokens: bool
     filters: FilterConfig = Field(default_factory=FilterConfig)
+    near_duplicates: NearDuplicates | None = None
 
 
 class TokenManifest(FrozenConfig):
@@ -92,7 +94,7 @@ class TokenManifest(FrozenConfig):
         num_tokens, num_documents: sums over the splits.
         num_empty: source records left out because they hold no text.
         num_dropped: how many documents each filter left out: a document counts for the first one
-            that drops it.
+            that drops it. `near_duplicates` is one of them.
         splits: `train`, and `val` where `val_fraction` > 0 or sources of it were given.
         prepared_from: the arguments and sources.
     """
@@ -154,7 +156,7 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
                 differing.append("the sources of val are others or have changed")
             elif name == "datasets":
                 differing.append(f"the data sets were {_names(old)}, now {_names(new)}")
-            elif name == "filters":
+            elif name in ("filters", "near_duplicates"):
                 differing.append(f"{name} were {_settings(old)}, now {_settings(new)}")
             elif name == "tokenizer_sha256":
                 differing.append("the tokenizer is another")
@@ -171,8 +173,8 @@ def _names(entries: tuple[DatasetEntry, ...]) -> str:
     return ", ".join(f"{e.asked} ({e.split}) at {e.revision}" for e in entries) or "none"
 
 
-def _settings(config: FrozenConfig) -> str:
-    return config.model_dump_json(exclude_defaults=True)
+def _settings(config: FrozenConfig | None) -> str:
+    return config.model_dump_json(exclude_defaults=True) if config is not None else "none"
 
 
 def write_json(path: Path, content: FrozenConfig) -> None:

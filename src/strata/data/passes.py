@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from strata.data.bands import BYTES_A_BAND, Bands
 from strata.data.batches import Position, read_batches
 from strata.data.encode import EncodedBatch, TextEncoder
 from strata.data.inputs import Inputs
@@ -24,7 +25,7 @@ from strata.data.memory import MemoryPlan
 from strata.data.order import hash_indices
 from strata.data.progress import ProgressBar
 from strata.data.shards import SplitWriter
-from strata.data.spill import Documents, SortedDocuments, Spill
+from strata.data.spill import Documents, SortedDocuments, Spill, run_order
 from strata.data.state import SplitState, State, load_state, state_path
 from strata.data.workers import Encoding, encode_batches
 from strata.errors import DataError
@@ -78,6 +79,10 @@ class Passes:
         self._plan = plan
         self._progress = progress
         self._spill = Spill(work, dtype=encoder.dtype)
+        self._bands: Bands | None = None
+        if encoder.hasher is not None:
+            self._bands = Bands(work, num_bands=encoder.hasher.settings.bands)
+        self._dropped = work / "dropped"
         self._state = State(prepared_from=prepared_from)
         state = load_state(work, out, prepared_from)
         if state is None:
@@ -89,7 +94,11 @@ class Passes:
         """Do whatever is left to do, and describe the result."""
         if not self._state.scattered:
             self._spill.cut_to(self._state.runs)
+            if self._bands is not None:
+                self._bands.cut_to(self._state.runs)
             self._scatter()
+        if self._bands is not None and not self._state.matched:
+            self._match(self._bands)
         for split in self._splits():
             self._merge(split)
         return self._manifest()
@@ -124,7 +133,8 @@ class Passes:
             for batch in encoded:
                 waiting.append(batch)
                 num_tokens += len(batch.documents.tokens)
-                waiting_bytes += batch.documents.tokens.nbytes + 48 * len(batch.documents.lengths)
+                waiting_bytes += batch.documents.tokens.nbytes
+                waiting_bytes += self._document_bytes() * len(batch.documents.lengths)
                 is_due = time.monotonic() - spilled_s >= _SPILL_EVERY_S
                 if is_due or waiting_bytes >= self._plan.run_bytes:
                     self._spill_run(waiting)
@@ -133,6 +143,11 @@ class Passes:
         if not self._state.runs and not any(len(batch.documents.lengths) for batch in waiting):
             raise self._nothing(waiting)
         self._spill_run(waiting, is_last=True)
+
+    def _document_bytes(self) -> int:
+        """What a document costs in memory besides its tokens until its run is spilled."""
+        num_bands = self._encoder.hasher.settings.bands if self._encoder.hasher else 0
+        return 48 + BYTES_A_BAND * num_bands
 
     def _nothing(self, waiting: list[EncodedBatch]) -> DataError:
         more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
@@ -165,6 +180,9 @@ class Passes:
             keys = np.arange(first, first + len(documents.lengths), dtype=np.uint64)
             if self._config.shuffle:
                 keys = hash_indices(keys, seed=self._config.seed, purpose="document order")
+            if self._bands is not None:
+                hashes = [batch.bands for batch in batches if batch.bands is not None]
+                self._bands.append_run(np.concatenate(hashes), run_order(documents, keys))
             num_before = sum(run.num_tokens for run in runs)
             runs = (*runs, self._spill.append_run(documents, keys, num_before=num_before))
         self._commit(
@@ -175,6 +193,19 @@ class Passes:
             num_dropped=self._counted(batches),
             scattered=is_last,
         )
+
+    # Between them
+
+    def _match(self, bands: Bands) -> None:
+        """Find the near duplicates; killed, it begins anew."""
+        count = bands.match(
+            self._state.runs,
+            self._dropped,
+            range_bytes=self._plan.range_bytes,
+            progress=self._progress,
+        )
+        counts = {**self._state.num_dropped, "near_duplicates": count}
+        self._commit(matched=True, num_dropped=counts)
 
     # Second pass
 
@@ -193,6 +224,7 @@ class Passes:
             val=split == "val",
             from_key=state.next_key,
             range_bytes=self._plan.range_bytes,
+            dropped=self._dropped if self._bands is not None else None,
         )
         total = sum(
             run.num_val_tokens if split == "val" else run.num_tokens - run.num_val_tokens

@@ -2,10 +2,10 @@
 
 Two passes. *Scatter* reads the sources in order, filters and encodes them and spills runs of
 documents sorted by a hash of (seed, document number). *Merge* walks the hashes from below and
-writes the shards. After each run and each shard a small state file is replaced; a killed process
-goes on from there. The order of the documents depends on the hashes alone, so the bytes of the
-result depend on the sources, the tokenizer and the configuration, never on memory, workers, batches
-or interruptions.
+writes the shards, without the near duplicates that were found in between. After each run and each
+shard a small state file is replaced; a killed process goes on from there. The order of the
+documents depends on the hashes alone, so the bytes of the result depend on the sources, the
+tokenizer and the configuration, never on memory, workers, batches or interruptions.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from strata.data.manifest import (
     write_json,
 )
 from strata.data.memory import MemoryPlan, plan_memory
+from strata.data.near_duplicates import BandHasher, near_duplicates
 from strata.data.open_tokenizer import load_encoder
 from strata.data.passes import Passes
 from strata.data.readers import MAX_DOCUMENT_BYTES, ReadOptions
@@ -84,6 +85,8 @@ class PrepareConfig(FrozenConfig):
         val_split: what is read of data sets among the sources of val.
         streaming: read files of the hub range by range, instead of fetching them whole.
         filters: which documents are left out.
+        near_duplicates: leave out documents of which an earlier one is nearly a copy, from this
+            share of common runs of five words on; None leaves them.
     """
 
     memory_gb: Annotated[float, Field(ge=0.4, allow_inf_nan=False)] = 8.0
@@ -102,6 +105,7 @@ class PrepareConfig(FrozenConfig):
     val_split: Annotated[str, Field(min_length=1)] = "validation"
     streaming: bool = False
     filters: FilterConfig = Field(default_factory=FilterConfig)
+    near_duplicates: Annotated[float | None, Field(ge=0.1, le=1.0)] = None
 
     def read_options(self, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> ReadOptions:
         """How records become documents."""
@@ -110,7 +114,7 @@ class PrepareConfig(FrozenConfig):
 
 # What does not change the result, or stands in a manifest in another form.
 _NOT_RECORDED = {
-    *("memory_gb", "workers", "streaming", "prepend_bos"),
+    *("memory_gb", "workers", "streaming", "prepend_bos", "near_duplicates"),
     *("config", "split", "val_split"),
 }
 
@@ -161,6 +165,7 @@ def prepare(
             datasets=inputs.datasets,
             tokenizer_sha256=encoder.sha256,
             prepend_bos=bool(encoder.prefix),
+            near_duplicates=encoder.hasher.settings if encoder.hasher else None,
             **{
                 name: getattr(config, name)
                 for name in type(config).model_fields.keys() - _NOT_RECORDED
@@ -208,7 +213,10 @@ def _open_encoder(folder: Path, config: PrepareConfig) -> TextEncoder:
         val_fraction=config.val_fraction,
         seed=config.seed,
     )
-    return replace(encoder, filters=config.filters)
+    if config.near_duplicates is None:
+        return replace(encoder, filters=config.filters)
+    hasher = BandHasher(near_duplicates(config.near_duplicates))
+    return replace(encoder, filters=config.filters, hasher=hasher)
 
 
 def _refuse_out_inside(sources: Sequence[Path], out: Path) -> None:

@@ -39,6 +39,7 @@ class State(FrozenConfig):
     num_dropped: dict[str, int] = Field(default_factory=dict)
     runs: tuple[RunEntry, ...] = ()
     scattered: bool = False
+    matched: bool = False
     train: SplitState = SplitState()
     val: SplitState = SplitState()
 
