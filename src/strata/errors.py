@@ -62,3 +62,15 @@ class DivergenceError(StrataError):
     """The loss or a gradient stopped being a number."""
 
     exit_code = 1
+
+
+class HubError(StrataError):
+    """The Hugging Face hub cannot be reached, or does not give what was asked for."""
+
+    exit_code = 1
+
+
+class WorkerError(StrataError):
+    """A process that strata had started ended by itself."""
+
+    exit_code = 1

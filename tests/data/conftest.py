@@ -29,7 +29,7 @@ def tight_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = MemoryPlan(
         batch_bytes=500, max_document_bytes=100_000, run_bytes=4_000, range_bytes=6_000
     )
-    monkeypatch.setattr(prepare_file, "plan_memory", lambda memory_gb: plan)
+    monkeypatch.setattr(prepare_file, "plan_memory", lambda *_, **__: plan)
 
 
 @pytest.fixture

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_documents import Prepare, folder_bytes, make_texts, write_jsonl
+from tiny_hub import make_mirror
 from tokenizers import Tokenizer
 
 from strata.cli.data import prepare_data
 from strata.data import manifest as manifest_file
 from strata.data.dataset import TokenDataset
+from strata.data.filters import FilterConfig
 from strata.data.prepare import PrepareConfig
 from strata.errors import DataError
 
@@ -186,13 +188,33 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+NEW_PATHS = {
+    "filters": {"min_chars": 20, "max_tokens": 70, "rules": {"words": (None, 35)}},
+    "near_duplicates": 0.8,
+}
+
+
+@pytest.mark.parametrize("kind", ["files", "mirror"])
 def test_dying_at_any_commit_changes_nothing(
-    tmp_path: Path, prepare_to: Prepare, tight_memory: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    prepare_to: Prepare,
+    tight_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(400))
-    val = write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
-    options = {"val_fraction": 0.2, "shard_tokens": 900, "val_sources": [val]}
-    prepare_to(tmp_path / "whole", source, **options)
+    options: dict[str, object] = {"val_fraction": 0.2, "shard_tokens": 900}
+    if kind == "files":
+        source = write_jsonl(tmp_path / "a.jsonl", make_texts(400))
+        val = write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
+    else:
+        pytest.importorskip("datasets")
+        pytest.importorskip("rensa")
+        source = val = make_mirror(tmp_path / "mirror", with_copies(make_texts(400)))
+        options |= NEW_PATHS
+    options["val_sources"] = [val]
+    whole = prepare_to(tmp_path / "whole", source, **options)
+    if kind == "mirror":
+        assert set(whole.num_dropped) == {"min_chars", "max_tokens", "words", "near_duplicates"}
 
     replace = manifest_file.os.replace
     rng = random.Random(0)
@@ -217,15 +239,29 @@ def test_dying_at_any_commit_changes_nothing(
     assert folder_bytes(tmp_path / "broken") == folder_bytes(tmp_path / "whole")
 
 
+def with_copies(texts: list[str]) -> list[str]:
+    """The texts, each third one long and there again a little later, and some of them short."""
+    copied: list[str] = []
+    for number, text in enumerate(texts):
+        long = " ".join([text, *(f"{number}-{word}" for word in text.split()[:12])])
+        copied.append(long if number % 3 == 0 else text)
+        if number % 6 == 3:
+            copied.append(copied[number // 2] + ".")
+    return copied
+
+
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
 from strata.data import prepare as room
-room.plan_memory = lambda memory_gb: room.MemoryPlan(
+room.plan_memory = lambda *_, **__: room.MemoryPlan(
     batch_bytes=2_000, max_document_bytes=100_000, run_bytes=10_000, range_bytes=20_000
 )
-source, tokenizer = map(Path, sys.argv[1:])
-config = room.PrepareConfig(val_fraction=0.1, shard_tokens=4_000)
+source, tokenizer = map(Path, sys.argv[1:3])
+options = json.loads(sys.argv[3])
+for name in sys.argv[4:]:
+    __import__(name)
+config = room.PrepareConfig(val_fraction=0.1, shard_tokens=4_000, **options)
 for line in sys.stdin:
     kill_after_s, out = json.loads(line)
     started_s = time.monotonic()
@@ -241,11 +277,24 @@ for line in sys.stdin:
 """
 
 
-def test_sigkill_at_random_times_changes_nothing(tmp_path: Path, tokenizer: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
+@pytest.mark.parametrize("kind", ["files", "mirror"])
+def test_sigkill_at_random_times_changes_nothing(
+    tmp_path: Path, tokenizer: Path, kind: str
+) -> None:
+    options: dict[str, object] = {}
+    num_kills, span = 10, (0.0, 0.3)
+    if kind == "files":
+        source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
+    else:
+        num_kills, span = 6, (0.2, 0.7)  # workers take their time to start
+        pytest.importorskip("datasets")
+        pytest.importorskip("rensa")
+        source = make_mirror(tmp_path / "mirror", with_copies(make_texts(1500)))
+        options = {**NEW_PATHS, "workers": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
-    command = [sys.executable, "-c", CHILD, str(source), str(tokenizer)]
+    command = [sys.executable, "-c", CHILD, str(source), str(tokenizer), json.dumps(options)]
+    command += ["datasets", "rensa"] if kind == "mirror" else []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as parent:
@@ -259,7 +308,7 @@ def test_sigkill_at_random_times_changes_nothing(tmp_path: Path, tokenizer: Path
         code, duration_s = run(whole, None)
         assert code == 0
         rng = random.Random(0)
-        codes = [run(broken, rng.uniform(0, 0.3 * duration_s))[0] for _ in range(10)]
+        codes = [run(broken, rng.uniform(*span) * duration_s)[0] for _ in range(num_kills)]
         assert codes.count(-signal.SIGKILL) >= 3
         assert run(broken, None)[0] == 0
         parent.stdin.close()
@@ -307,5 +356,9 @@ def test_command_line_defaults_are_the_configuration() -> None:
     )
     assert defaults.pop("paragraphs") is False and fields["txt_documents"].default == "file"
     assert defaults.pop("as_json") is False and defaults.pop("val") is None
+    assert defaults.pop("rule") is None and FilterConfig().rules == {}
     for name, default in defaults.items():
-        assert fields[name].default == default, name
+        owner = fields if name in fields else FilterConfig.model_fields
+        assert owner[name].default == default, name
+    assert set(fields) - set(defaults) == {"txt_documents", "filters"}
+    assert set(FilterConfig.model_fields) - set(defaults) == {"rules"}

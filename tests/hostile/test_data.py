@@ -175,7 +175,7 @@ def test_documents_too_long_for_memory(
     plan = MemoryPlan(
         batch_bytes=2**20, max_document_bytes=1000, run_bytes=2**20, range_bytes=2**20
     )
-    monkeypatch.setattr(prepare_file, "plan_memory", lambda memory_gb: plan)
+    monkeypatch.setattr(prepare_file, "plan_memory", lambda *_, **__: plan)
     text = "snow " * 201
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
     (tmp_path / "a.txt").write_text(text + "\nand more")
@@ -283,7 +283,7 @@ def test_a_full_disk_keeps_what_was_done(
     plan = MemoryPlan(
         batch_bytes=1000, max_document_bytes=10_000, run_bytes=1500, range_bytes=10_000
     )
-    monkeypatch.setattr(prepare_file, "plan_memory", lambda memory_gb: plan)
+    monkeypatch.setattr(prepare_file, "plan_memory", lambda *_, **__: plan)
     config = PrepareConfig()
     prepare([tmp_path / "a.jsonl"], out=tmp_path / "whole", tokenizer=bpe, config=config)
 

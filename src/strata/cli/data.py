@@ -18,17 +18,35 @@ if TYPE_CHECKING:
 
 def prepare_data(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="parquet, jsonl, txt or folders")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="parquet, jsonl, txt or folders; a data set of the hub as "
+            "owner/name[:config][@revision], or fineweb_edu, fineweb_edu_10bt, dclm",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder to make")],
-    tokenizer: Annotated[Path, typer.Option(help="folder with a tokenizer.json")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="folder with a tokenizer.json, tiktoken or sentencepiece file")
+    ],
     memory_gb: Annotated[float, typer.Option(help="memory to use, in 1e9 bytes")] = 8.0,
+    workers: Annotated[
+        int, typer.Option(help="processes that encode; 0: the tokenizer's threads in this one")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="of the shuffle and the validation split")] = 42,
     shuffle: Annotated[bool, typer.Option(help="one random order of all documents")] = True,
     val_fraction: Annotated[float, typer.Option(help="share of documents kept for val")] = 0.0,
     val: Annotated[
-        list[Path] | None, typer.Option(help="file or folder that is all val (repeatable)")
+        list[str] | None, typer.Option(help="a SOURCE that is all val (repeatable)")
     ] = None,
+    config: Annotated[str | None, typer.Option(help="configuration of data sets")] = None,
+    split: Annotated[str, typer.Option(help="split of data sets")] = "train",
+    val_split: Annotated[str, typer.Option(help="split of data sets given with --val")] = (
+        "validation"
+    ),
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="read files of the hub without fetching them whole")
+    ] = False,
     text_field: Annotated[str, typer.Option(help="field or column of the text")] = "text",
     paragraphs: Annotated[
         bool, typer.Option("--paragraphs", help="each block of a txt file is a document")
@@ -42,6 +60,20 @@ def prepare_data(
     parse_special_tokens: Annotated[
         bool, typer.Option(help='let "<eos>" in a text be that token, not text')
     ] = False,
+    min_chars: Annotated[int | None, typer.Option(help="drop shorter documents")] = None,
+    max_chars: Annotated[int | None, typer.Option(help="drop longer documents")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="drop shorter documents")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="drop longer documents")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="drop what breaks a rule of Gopher (repeatable): NAME, NAME=LEAST..MOST, or "
+            "gopher for all"
+        ),
+    ] = None,
+    near_duplicates: Annotated[
+        float | None, typer.Option(help="drop documents so similar to an earlier one, as 0.8")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokenise, shuffle and shard documents.
@@ -50,11 +82,20 @@ def prepare_data(
     completion; prompts carry no loss.
     """
     from strata.config import validate
+    from strata.data.filters import parse_rules
     from strata.data.manifest import MANIFEST_NAME
     from strata.data.prepare import PrepareConfig, prepare
 
+    filters = {
+        "min_chars": min_chars,
+        "max_chars": max_chars,
+        "min_tokens": min_tokens,
+        "max_tokens": max_tokens,
+        "rules": parse_rules(rule or ()),
+    }
     settings = {
         "memory_gb": memory_gb,
+        "workers": workers,
         "seed": seed,
         "shuffle": shuffle,
         "val_fraction": val_fraction,
@@ -64,15 +105,21 @@ def prepare_data(
         "append_eos": append_eos,
         "prepend_bos": prepend_bos,
         "parse_special_tokens": parse_special_tokens,
+        "config": config,
+        "split": split,
+        "val_split": val_split,
+        "streaming": streaming,
+        "filters": filters,
+        "near_duplicates": near_duplicates,
     }
-    config = validate(PrepareConfig, settings, origin="strata data prepare")
+    chosen = validate(PrepareConfig, settings, origin="strata data prepare")
     was_complete = (out / MANIFEST_NAME).is_file()
     try:
         manifest = prepare(
             sources,
             out=out,
             tokenizer=tokenizer,
-            config=config,
+            config=chosen,
             val_sources=val or (),
             progress=not as_json,
         )
@@ -84,13 +131,15 @@ def prepare_data(
         return
     if was_complete:
         print(f"{out} is complete already, nothing to do")
-    for name, split in manifest.splits.items():
+    for part, written in manifest.splits.items():
         print(
-            f"{name}: {split.num_tokens:,} tokens in {split.num_documents:,} documents "
-            f"and {len(split.shards)} shards"
+            f"{part}: {written.num_tokens:,} tokens in {written.num_documents:,} documents "
+            f"and {len(written.shards)} shards"
         )
     if manifest.num_empty:
         print(f"left out {manifest.num_empty:,} records without text")
+    for name, count in manifest.num_dropped.items():
+        print(f"left out {count:,} documents by {name}")
 
 
 def references(
@@ -161,6 +210,7 @@ def _summary(out: Path, manifest: TokenManifest, *, was_complete: bool) -> dict[
         "num_tokens": manifest.num_tokens,
         "num_documents": manifest.num_documents,
         "num_empty": manifest.num_empty,
+        "num_dropped": manifest.num_dropped,
         "vocab_size": manifest.vocab_size,
         "splits": {
             name: {

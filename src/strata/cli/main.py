@@ -24,7 +24,7 @@ from strata.cli.reader import evaluate as reader_eval
 from strata.cli.reader import pack as reader_pack
 from strata.cli.reader import train as reader_train
 from strata.cli.status import status
-from strata.cli.tokenizer import train_tokenizer
+from strata.cli.tokenizer import convert_tokenizer, fetch_tokenizer, train_tokenizer
 from strata.cli.train import train
 from strata.cli.tune import dpo, sft
 from strata.errors import StrataError
@@ -82,8 +82,10 @@ reader_app.command("eval")(reader_eval)
 reader_app.command("pack")(reader_pack)
 app.add_typer(reader_app, name="reader")
 
-tokenizer_app = typer.Typer(help="A vocabulary of one's own.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Vocabularies.", no_args_is_help=True)
 tokenizer_app.command("train")(train_tokenizer)
+tokenizer_app.command("fetch")(fetch_tokenizer)
+tokenizer_app.command("convert")(convert_tokenizer)
 app.add_typer(tokenizer_app, name="tokenizer")
 
 

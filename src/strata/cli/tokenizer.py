@@ -1,4 +1,4 @@
-"""`strata tokenizer`: a vocabulary of one's own."""
+"""`strata tokenizer`: a vocabulary of one's own, of a model on the hub, or out of a file."""
 
 from __future__ import annotations
 
@@ -42,9 +42,57 @@ def train_tokenizer(
         add_bos=add_bos,
         progress=not as_json,
     )
+    _report(out, size, as_json=as_json)
+    if size < vocab_size and not as_json:
+        print(f"the text holds no more merges: {size:,} of {vocab_size:,} tokens were made")
+
+
+def fetch_tokenizer(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="owner/name on the hub, or llama3, llama2, mistral, gemma2, qwen2, qwen3, olmo2, "
+            "gpt2"
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder to make; default: NAME")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+    token_env: Annotated[
+        str | None,
+        typer.Option(
+            help="environment variable with a token of the hub; default: HF_TOKEN, if set"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Fetch the tokenizer of a model on the hub."""
+    from strata.data.hub.tokenizer import fetch_tokenizer as fetch
+
+    out = out or Path(name.rpartition("/")[2])
+    _report(out, fetch(name, out=out, revision=revision, token_env=token_env), as_json=as_json)
+
+
+def convert_tokenizer(
+    file: Annotated[Path, typer.Argument(help="a .tiktoken file or a .model of either kind")],
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    bos: Annotated[str | None, typer.Option(help="token that begins a text")] = None,
+    eos: Annotated[str | None, typer.Option(help="token that ends a text")] = None,
+    pad: Annotated[str | None, typer.Option(help="token that fills up")] = None,
+    add_bos: Annotated[
+        bool | None,
+        typer.Option(help="let every text begin with the bos token; default: for Llama 3 only"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Convert a tiktoken or sentencepiece file to a folder that AutoTokenizer opens."""
+    from strata.data.convert_tokenizer import convert_tokenizer as convert
+
+    size = convert(file, out=out, bos=bos, eos=eos, pad=pad, add_bos=add_bos)
+    _report(out, size, as_json=as_json)
+
+
+def _report(out: Path, size: int, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"out": str(out), "vocab_size": size}))
-        return
-    print(f"{out}: {size:,} tokens")
-    if size < vocab_size:
-        print(f"the text holds no more merges: {size:,} of {vocab_size:,} tokens were made")
+    else:
+        print(f"{out}: {size:,} tokens")

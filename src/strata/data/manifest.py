@@ -18,7 +18,9 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, ValidationError
 
 from strata.config import FrozenConfig
-from strata.data.sources import SourceEntry
+from strata.data.filters import FilterConfig
+from strata.data.near_duplicates import NearDuplicates
+from strata.data.sources import DatasetEntry, SourceEntry
 from strata.errors import DataError
 
 FORMAT: Final = "strata-tokens"
@@ -58,10 +60,16 @@ class SplitEntry(FrozenConfig):
 
 
 class PreparedFrom(FrozenConfig):
-    """Everything that decides the bytes of a token folder; equal origins give equal bytes."""
+    """Everything that decides the bytes of a token folder; equal origins give equal bytes.
+
+    Attributes:
+        datasets: which of the sources, counted over `sources` and `val_sources`, belong to data
+            sets, and at which commit.
+    """
 
     sources: tuple[SourceEntry, ...]
     val_sources: tuple[SourceEntry, ...] = ()
+    datasets: tuple[DatasetEntry, ...] = ()
     tokenizer_sha256: str
     seed: int
     shuffle: bool
@@ -72,6 +80,8 @@ class PreparedFrom(FrozenConfig):
     append_eos: bool
     prepend_bos: bool
     parse_special_tokens: bool
+    filters: FilterConfig = Field(default_factory=FilterConfig)
+    near_duplicates: NearDuplicates | None = None
 
 
 class TokenManifest(FrozenConfig):
@@ -83,6 +93,8 @@ class TokenManifest(FrozenConfig):
         eos_id, bos_id, pad_id: ids of the tokenizer's special tokens, None where it has none.
         num_tokens, num_documents: sums over the splits.
         num_empty: source records left out because they hold no text.
+        num_dropped: how many documents each filter left out: a document counts for the first one
+            that drops it. `near_duplicates` is one of them.
         splits: `train`, and `val` where `val_fraction` > 0 or sources of it were given.
         prepared_from: the arguments and sources.
     """
@@ -97,6 +109,7 @@ class TokenManifest(FrozenConfig):
     num_tokens: Count
     num_documents: Count
     num_empty: Count
+    num_dropped: dict[str, Count] = Field(default_factory=dict)
     splits: dict[Literal["train", "val"], SplitEntry]
     prepared_from: PreparedFrom
 
@@ -141,6 +154,10 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
                 differing.append("the sources are others or have changed")
             elif name == "val_sources":
                 differing.append("the sources of val are others or have changed")
+            elif name == "datasets":
+                differing.append(f"the data sets were {_names(old)}, now {_names(new)}")
+            elif name in ("filters", "near_duplicates"):
+                differing.append(f"{name} were {_settings(old)}, now {_settings(new)}")
             elif name == "tokenizer_sha256":
                 differing.append("the tokenizer is another")
             else:
@@ -150,6 +167,14 @@ def refuse_other_origin(out: Path, there: PreparedFrom, given: PreparedFrom) -> 
             f"{out} was prepared with other arguments ({'; '.join(differing)}): "
             "give another --out or delete it"
         )
+
+
+def _names(entries: tuple[DatasetEntry, ...]) -> str:
+    return ", ".join(f"{e.asked} ({e.split}) at {e.revision}" for e in entries) or "none"
+
+
+def _settings(config: FrozenConfig | None) -> str:
+    return config.model_dump_json(exclude_defaults=True) if config is not None else "none"
 
 
 def write_json(path: Path, content: FrozenConfig) -> None:

@@ -3,63 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import ValidationError
 
-from strata.config import FrozenConfig
-from strata.data.encode import (
-    EncodedBatch,
-    Position,
-    TextEncoder,
-    encode_batches,
-    read_batches,
-)
+from strata.data.bands import BYTES_A_BAND, Bands
+from strata.data.batches import Position, read_batches
+from strata.data.encode import EncodedBatch, TextEncoder
+from strata.data.inputs import Inputs
 from strata.data.manifest import (
     PreparedFrom,
     ShardEntry,
     SplitEntry,
     TokenManifest,
-    refuse_other_origin,
     write_json,
 )
+from strata.data.memory import MemoryPlan
 from strata.data.order import hash_indices
 from strata.data.progress import ProgressBar
-from strata.data.readers import ReadOptions
 from strata.data.shards import SplitWriter
-from strata.data.sources import Source
-from strata.data.spill import Documents, RunEntry, SortedDocuments, Spill
+from strata.data.spill import Documents, SortedDocuments, Spill, run_order
+from strata.data.state import SplitState, State, load_state, state_path
+from strata.data.workers import Encoding, encode_batches
 from strata.errors import DataError
 
 if TYPE_CHECKING:
-    from strata.data.prepare import MemoryPlan, PrepareConfig
+    from strata.data.prepare import PrepareConfig
 
 _SPILL_EVERY_S = 15.0  # what a killed process repeats at the most
 
 Split = Literal["train", "val"]
-
-
-class _SplitState(FrozenConfig):
-    """How far the merge of one split has come: whole shards, and the key that follows them."""
-
-    shards: tuple[ShardEntry, ...] = ()
-    next_key: int = 0
-    done: bool = False
-
-
-class _State(FrozenConfig):
-    """Everything a new process needs to go on."""
-
-    prepared_from: PreparedFrom
-    position_source: int = 0
-    position_record: int = 0
-    num_empty: int = 0
-    runs: tuple[RunEntry, ...] = ()
-    scattered: bool = False
-    train: _SplitState = _SplitState()
-    val: _SplitState = _SplitState()
 
 
 class Passes:
@@ -68,9 +44,9 @@ class Passes:
     Args:
         work: where the state and the spill are.
         out: where the splits go.
-        files: what to read.
-        num_train: how many of them, from the first; the others' documents all go to val.
+        inputs: what to read.
         encoder: the tokenizer.
+        encoding: what encodes with it.
         config: the user's configuration.
         plan: how much memory goes where.
         prepared_from: what a state must agree with to be gone on from.
@@ -85,9 +61,9 @@ class Passes:
         work: Path,
         *,
         out: Path,
-        files: list[Source],
-        num_train: int,
+        inputs: Inputs,
         encoder: TextEncoder,
+        encoding: Encoding,
         config: PrepareConfig,
         plan: MemoryPlan,
         prepared_from: PreparedFrom,
@@ -95,20 +71,34 @@ class Passes:
     ) -> None:
         self._work = work
         self._out = out
-        self._files = files
-        self._num_train = num_train
+        self._files = inputs.files
+        self._num_train = inputs.num_train
         self._encoder = encoder
+        self._encoding = encoding
         self._config = config
         self._plan = plan
         self._progress = progress
         self._spill = Spill(work, dtype=encoder.dtype)
-        self._state = _load_state(work / "state.json", out, prepared_from)
+        self._bands: Bands | None = None
+        if encoder.hasher is not None:
+            self._bands = Bands(work, num_bands=encoder.hasher.settings.bands)
+        self._dropped = work / "dropped"
+        self._state = State(prepared_from=prepared_from)
+        state = load_state(work, out, prepared_from)
+        if state is None:
+            self._commit()  # from here on the commits of data sets stand
+        else:
+            self._state = state
 
     def run(self) -> TokenManifest:
         """Do whatever is left to do, and describe the result."""
         if not self._state.scattered:
             self._spill.cut_to(self._state.runs)
+            if self._bands is not None:
+                self._bands.cut_to(self._state.runs)
             self._scatter()
+        if self._bands is not None and not self._state.matched:
+            self._match(self._bands)
         for split in self._splits():
             self._merge(split)
         return self._manifest()
@@ -119,19 +109,14 @@ class Passes:
 
     def _commit(self, **changes: object) -> None:
         self._state = self._state.model_copy(update=changes)
-        write_json(self._work / "state.json", self._state)
+        write_json(state_path(self._work), self._state)
 
     # First pass
 
     def _scatter(self) -> None:
-        options = ReadOptions(
-            text_field=self._config.text_field,
-            txt_documents=self._config.txt_documents,
-            max_document_bytes=self._plan.max_document_bytes,
-        )
         batches = read_batches(
             self._files,
-            options=options,
+            options=self._config.read_options(self._plan.max_document_bytes),
             start=Position(self._state.position_source, self._state.position_record),
             batch_bytes=self._plan.batch_bytes,
             num_train=self._num_train,
@@ -140,23 +125,48 @@ class Passes:
         num_tokens = sum(run.num_tokens for run in self._state.runs)
         waiting: list[EncodedBatch] = []
         waiting_bytes, spilled_s = 0, time.monotonic()
-        with ProgressBar("tokenising", total=total_bytes, enabled=self._progress) as bar:
-            for batch in encode_batches(self._encoder, batches):
+        most_bytes = self._plan.batch_bytes * (self._encoding.at_once + self._encoding.ahead)
+        with (
+            ProgressBar("tokenising", total=total_bytes, enabled=self._progress) as bar,
+            closing(encode_batches(self._encoding, batches, most_bytes=most_bytes)) as encoded,
+        ):
+            for batch in encoded:
                 waiting.append(batch)
                 num_tokens += len(batch.documents.tokens)
-                waiting_bytes += batch.documents.tokens.nbytes + 48 * len(batch.documents.lengths)
+                waiting_bytes += batch.documents.tokens.nbytes
+                waiting_bytes += self._document_bytes() * len(batch.documents.lengths)
                 is_due = time.monotonic() - spilled_s >= _SPILL_EVERY_S
                 if is_due or waiting_bytes >= self._plan.run_bytes:
                     self._spill_run(waiting)
                     waiting, waiting_bytes, spilled_s = [], 0, time.monotonic()
                 bar.update(batch.bytes_read, note=f"{num_tokens / 1e6:.1f}M tokens")
         if not self._state.runs and not any(len(batch.documents.lengths) for batch in waiting):
-            raise DataError(
-                f"no text in {self._files[0].path}"
-                + (f" and {len(self._files) - 1} more" if len(self._files) > 1 else "")
-                + ": every record is empty, or there are none"
-            )
+            raise self._nothing(waiting)
         self._spill_run(waiting, is_last=True)
+
+    def _document_bytes(self) -> int:
+        """What a document costs in memory besides its tokens until its run is spilled."""
+        num_bands = self._encoder.hasher.settings.bands if self._encoder.hasher else 0
+        return 48 + BYTES_A_BAND * num_bands
+
+    def _nothing(self, waiting: list[EncodedBatch]) -> DataError:
+        more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
+        dropped = self._counted(waiting)
+        if dropped:
+            counts = ", ".join(f"{count:,} by {name}" for name, count in dropped.items())
+            return DataError(
+                f"no document of {self._files[0].path}{more} is left: the filters dropped {counts}"
+            )
+        return DataError(
+            f"no text in {self._files[0].path}{more}: every record is empty, or there are none"
+        )
+
+    def _counted(self, batches: list[EncodedBatch]) -> dict[str, int]:
+        """How many documents each filter has dropped, those of `batches` included."""
+        counts = Counter(self._state.num_dropped)
+        for batch in batches:
+            counts.update(batch.dropped)
+        return dict(sorted(counts.items()))
 
     def _spill_run(self, batches: list[EncodedBatch], *, is_last: bool = False) -> None:
         """Write waiting batches as one run and remember how far reading has come."""
@@ -170,6 +180,9 @@ class Passes:
             keys = np.arange(first, first + len(documents.lengths), dtype=np.uint64)
             if self._config.shuffle:
                 keys = hash_indices(keys, seed=self._config.seed, purpose="document order")
+            if self._bands is not None:
+                hashes = [batch.bands for batch in batches if batch.bands is not None]
+                self._bands.append_run(np.concatenate(hashes), run_order(documents, keys))
             num_before = sum(run.num_tokens for run in runs)
             runs = (*runs, self._spill.append_run(documents, keys, num_before=num_before))
         self._commit(
@@ -177,13 +190,27 @@ class Passes:
             position_source=batches[-1].end.source,
             position_record=batches[-1].end.record,
             num_empty=self._state.num_empty + sum(batch.num_empty for batch in batches),
+            num_dropped=self._counted(batches),
             scattered=is_last,
         )
+
+    # Between them
+
+    def _match(self, bands: Bands) -> None:
+        """Find the near duplicates; killed, it begins anew."""
+        count = bands.match(
+            self._state.runs,
+            self._dropped,
+            range_bytes=self._plan.range_bytes,
+            progress=self._progress,
+        )
+        counts = {**self._state.num_dropped, "near_duplicates": count}
+        self._commit(matched=True, num_dropped=counts)
 
     # Second pass
 
     def _merge(self, split: Split) -> None:
-        state: _SplitState = getattr(self._state, split)
+        state: SplitState = getattr(self._state, split)
         if state.done:
             return
         writer = SplitWriter(
@@ -197,6 +224,7 @@ class Passes:
             val=split == "val",
             from_key=state.next_key,
             range_bytes=self._plan.range_bytes,
+            dropped=self._dropped if self._bands is not None else None,
         )
         total = sum(
             run.num_val_tokens if split == "val" else run.num_tokens - run.num_val_tokens
@@ -232,7 +260,7 @@ class Passes:
             begin = stop
 
     def _commit_shard(self, split: Split, writer: SplitWriter, *, next_key: int) -> None:
-        state: _SplitState = getattr(self._state, split)
+        state: SplitState = getattr(self._state, split)
         shards = (*state.shards, writer.finish_shard())
         self._commit(**{split: state.model_copy(update={"shards": shards, "next_key": next_key})})
 
@@ -254,17 +282,7 @@ class Passes:
             num_tokens=sum(split.num_tokens for split in splits.values()),
             num_documents=sum(split.num_documents for split in splits.values()),
             num_empty=self._state.num_empty,
+            num_dropped=self._state.num_dropped,
             splits=splits,
             prepared_from=self._state.prepared_from,
         )
-
-
-def _load_state(path: Path, out: Path, prepared_from: PreparedFrom) -> _State:
-    if not path.exists():
-        return _State(prepared_from=prepared_from)
-    try:
-        state = _State.model_validate_json(path.read_bytes())
-    except ValidationError:
-        raise DataError(f"{path} is damaged or of another version: delete {out}") from None
-    refuse_other_origin(out, state.prepared_from, prepared_from)
-    return state

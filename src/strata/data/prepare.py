@@ -1,10 +1,11 @@
 """Sources to shuffled, tokenised shards, in bounded memory and at the mercy of no interruption.
 
-Two passes. *Scatter* reads the sources in order, encodes them and spills runs of documents sorted
-by a hash of (seed, document number). *Merge* walks the hashes from below and writes the shards.
-After each run and each shard a small state file is replaced; a killed process goes on from there.
-The order of the documents depends on the hashes alone, so the bytes of the result depend on the
-sources, the tokenizer and the configuration, never on memory, batches or interruptions.
+Two passes. *Scatter* reads the sources in order, filters and encodes them and spills runs of
+documents sorted by a hash of (seed, document number). *Merge* walks the hashes from below and
+writes the shards, without the near duplicates that were found in between. After each run and each
+shard a small state file is replaced; a killed process goes on from there. The order of the
+documents depends on the hashes alone, so the bytes of the result depend on the sources, the
+tokenizer and the configuration, never on memory, workers, batches or interruptions.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from strata.config import FrozenConfig
-from strata.data.encode import load_encoder
+from strata.data.convert_tokenizer import tokenizer_folder
+from strata.data.encode import TextEncoder
+from strata.data.filters import FilterConfig
+from strata.data.inputs import InputOptions, check_columns, find_inputs
 from strata.data.manifest import (
     MANIFEST_NAME,
     PreparedFrom,
@@ -33,13 +35,17 @@ from strata.data.manifest import (
     refuse_other_origin,
     write_json,
 )
+from strata.data.memory import MemoryPlan, plan_memory
+from strata.data.near_duplicates import BandHasher, near_duplicates
+from strata.data.open_tokenizer import load_encoder
 from strata.data.passes import Passes
-from strata.data.readers import MAX_DOCUMENT_BYTES
-from strata.data.sources import find_sources
+from strata.data.readers import MAX_DOCUMENT_BYTES, ReadOptions
+from strata.data.state import WORK_NAME, recorded_origin
+from strata.data.workers import open_encoding
 from strata.errors import DataError, StorageError
 
-_WORK_NAME = ".prepare"
-_LEAST_FREE_BYTES = 128_000_000
+__all__ = ["MemoryPlan", "PrepareConfig", "plan_memory", "prepare", "storage_errors"]
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,8 +62,11 @@ class PrepareConfig(FrozenConfig):
     """How documents become shards.
 
     Attributes:
-        memory_gb: how much memory the process may use, in 1e9 bytes, the 0.4 GB of the libraries
-            included; it does not change the result. At least 0.13 GB are used beside those.
+        memory_gb: how much memory the process and its workers may use, in 1e9 bytes, the 0.4 GB
+            of the libraries included; it does not change the result. At least 0.13 GB are used
+            beside those.
+        workers: processes that filter and encode, of about 0.1 GB each; 0 does it in this one, on
+            the tokenizer's own threads. They do not change the result either.
         seed: of the shuffle and of the validation split.
         shuffle: put all documents of all sources in one random order; else keep theirs.
         text_field: the field or column that holds a text; rows without it may hold `prompt` and
@@ -71,9 +80,17 @@ class PrepareConfig(FrozenConfig):
         prepend_bos: begin every document with the tokenizer's begin-of-text token; None does so
             where the tokenizer itself begins a text with it, as prompts then begin.
         parse_special_tokens: let "<eos>" in a text become that token; else it stays text.
+        config: the configuration of data sets whose SOURCE names none.
+        split: what is read of data sets among the sources.
+        val_split: what is read of data sets among the sources of val.
+        streaming: read files of the hub range by range, instead of fetching them whole.
+        filters: which documents are left out.
+        near_duplicates: leave out documents of which an earlier one is nearly a copy, from this
+            share of common runs of five words on; None leaves them.
     """
 
     memory_gb: Annotated[float, Field(ge=0.4, allow_inf_nan=False)] = 8.0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     seed: int = 42
     shuffle: bool = True
     text_field: Annotated[str, Field(min_length=1)] = "text"
@@ -83,54 +100,32 @@ class PrepareConfig(FrozenConfig):
     append_eos: bool = True
     prepend_bos: bool | None = None
     parse_special_tokens: bool = False
+    config: str | None = None
+    split: Annotated[str, Field(min_length=1)] = "train"
+    val_split: Annotated[str, Field(min_length=1)] = "validation"
+    streaming: bool = False
+    filters: FilterConfig = Field(default_factory=FilterConfig)
+    near_duplicates: Annotated[float | None, Field(ge=0.1, le=1.0)] = None
+
+    def read_options(self, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> ReadOptions:
+        """How records become documents."""
+        return ReadOptions(self.text_field, self.txt_documents, max_document_bytes)
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How `memory_gb` is shared out.
-
-    Attributes:
-        batch_bytes: text encoded in one go; two batches are in flight.
-        max_document_bytes: the longest document that can be encoded within the memory.
-        run_bytes: tokens sorted in memory before they are spilled.
-        range_bytes: tokens merged in memory.
-    """
-
-    batch_bytes: int
-    max_document_bytes: int
-    run_bytes: int
-    range_bytes: int
-
-
-def plan_memory(memory_gb: float) -> MemoryPlan:
-    """Share out what `memory_gb` leaves beside the interpreter and its libraries.
-
-    Encoding takes 60 times the bytes of a batch and up to 110 times those of one long document;
-    a run is held twice while it is sorted. Runs stay below 128 MB however much memory there is;
-    longer ones would not make the merge faster.
-    """
-    free_bytes = max(_LEAST_FREE_BYTES, int(memory_gb * 1e9) - _used_bytes())
-    return MemoryPlan(
-        batch_bytes=min(2**21, free_bytes // 256),
-        max_document_bytes=min(MAX_DOCUMENT_BYTES, max(2**20, free_bytes // 128)),
-        run_bytes=min(2**27, free_bytes // 8),
-        range_bytes=min(2**31, free_bytes // 4),
-    )
-
-
-def _used_bytes() -> int:
-    """The most memory that this process has held so far."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+# What does not change the result, or stands in a manifest in another form.
+_NOT_RECORDED = {
+    *("memory_gb", "workers", "streaming", "prepend_bos", "near_duplicates"),
+    *("config", "split", "val_split"),
+}
 
 
 def prepare(
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     *,
     out: Path,
     tokenizer: Path,
     config: PrepareConfig,
-    val_sources: Sequence[Path] = (),
+    val_sources: Sequence[str | Path] = (),
     progress: bool = False,
 ) -> TokenManifest:
     """Tokenise, shuffle and shard documents into a folder that `TokenDataset.open` reads.
@@ -139,12 +134,12 @@ def prepare(
     as it is. Besides `out` itself it needs, until it is done, as much disk again.
 
     Args:
-        sources: files or folders of parquet, jsonl, jsonl.gz, jsonl.zst and txt.
+        sources: files or folders of parquet, jsonl, jsonl.gz, jsonl.zst and txt; data sets of the
+            hub as `owner/name[:config][@revision]` or by an alias; folders that mirror one.
         out: the folder to make.
-        tokenizer: a folder with a tokenizer.json.
+        tokenizer: a folder with a tokenizer.json, or a tiktoken or sentencepiece file.
         config: how.
-        val_sources: files or folders of which every document goes to `val`, whatever
-            `val_fraction` says.
+        val_sources: sources of which every document goes to `val`, whatever `val_fraction` says.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -152,63 +147,88 @@ def prepare(
 
     Raises:
         DataError: a source, the tokenizer or an existing `out` cannot be used.
+        ConfigError: an option is for data sets, and no source is one.
+        HubError: a data set cannot be had from the hub; what was done so far is kept.
+        WorkerError: a worker ended by itself; what was done so far is kept.
         StorageError: the disk is full or `out` cannot be written; what was done so far is kept.
     """
-    out, tokenizer = Path(out), Path(tokenizer)
-    files = find_sources([Path(source) for source in (*sources, *val_sources)])
-    num_train = len(find_sources([Path(source) for source in sources]))
-    _refuse_out_inside([*sources, *val_sources], out)
+    out = Path(out)
+    options = InputOptions(config.config, config.split, config.val_split, config.streaming)
+    inputs = find_inputs(sources, val_sources, options=options, recorded=recorded_origin(out))
+    _refuse_out_inside(inputs.folders, out)
+    with tokenizer_folder(Path(tokenizer)) as folder:
+        encoder = _open_encoder(folder, config)
+        entries = tuple(file.entry for file in inputs.files)
+        prepared_from = PreparedFrom(
+            sources=entries[: inputs.num_train],
+            val_sources=entries[inputs.num_train :],
+            datasets=inputs.datasets,
+            tokenizer_sha256=encoder.sha256,
+            prepend_bos=bool(encoder.prefix),
+            near_duplicates=encoder.hasher.settings if encoder.hasher else None,
+            **{
+                name: getattr(config, name)
+                for name in type(config).model_fields.keys() - _NOT_RECORDED
+            },
+        )
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            if (out / MANIFEST_NAME).exists():
+                manifest = read_manifest(out)
+                refuse_other_origin(out, manifest.prepared_from, prepared_from)
+                shutil.rmtree(out / WORK_NAME, ignore_errors=True)
+                return manifest
+            check_columns(inputs, options=config.read_options())
+            with (
+                _locked_work_folder(out) as work,
+                open_encoding(encoder, config.workers) as encoding,
+            ):
+                plan = plan_memory(
+                    config.memory_gb, workers=config.workers, workers_bytes=encoding.held_bytes
+                )
+                passes = Passes(
+                    work,
+                    out=out,
+                    inputs=inputs,
+                    encoder=encoder,
+                    encoding=encoding,
+                    config=config,
+                    plan=plan,
+                    prepared_from=prepared_from,
+                    progress=progress,
+                )
+                manifest = passes.run()
+                _copy_tokenizer(folder, out / "tokenizer")
+                write_json(out / MANIFEST_NAME, manifest)
+                shutil.rmtree(work)
+                return manifest
+
+
+def _open_encoder(folder: Path, config: PrepareConfig) -> TextEncoder:
     encoder = load_encoder(
-        tokenizer,
+        folder,
         append_eos=config.append_eos,
         prepend_bos=config.prepend_bos,
         parse_special_tokens=config.parse_special_tokens,
         val_fraction=config.val_fraction,
         seed=config.seed,
     )
-    prepared_from = PreparedFrom(
-        sources=tuple(file.entry for file in files[:num_train]),
-        val_sources=tuple(file.entry for file in files[num_train:]),
-        tokenizer_sha256=encoder.sha256,
-        prepend_bos=bool(encoder.prefix),
-        **config.model_dump(exclude={"memory_gb", "prepend_bos"}),
-    )
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / MANIFEST_NAME).exists():
-            manifest = read_manifest(out)
-            refuse_other_origin(out, manifest.prepared_from, prepared_from)
-            shutil.rmtree(out / _WORK_NAME, ignore_errors=True)
-            return manifest
-        with _locked_work_folder(out) as work:
-            passes = Passes(
-                work,
-                out=out,
-                files=files,
-                num_train=num_train,
-                encoder=encoder,
-                config=config,
-                plan=plan_memory(config.memory_gb),
-                prepared_from=prepared_from,
-                progress=progress,
-            )
-            manifest = passes.run()
-            _copy_tokenizer(tokenizer, out / "tokenizer")
-            write_json(out / MANIFEST_NAME, manifest)
-            shutil.rmtree(work)
-            return manifest
+    if config.near_duplicates is None:
+        return replace(encoder, filters=config.filters)
+    hasher = BandHasher(near_duplicates(config.near_duplicates))
+    return replace(encoder, filters=config.filters, hasher=hasher)
 
 
 def _refuse_out_inside(sources: Sequence[Path], out: Path) -> None:
     for source in sources:
-        if Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+        if source.resolve() in (out.resolve(), *out.resolve().parents):
             raise DataError(f"{out} lies inside the source {source}: give an --out outside of it")
 
 
 @contextmanager
 def _locked_work_folder(out: Path) -> Iterator[Path]:
     """The folder of the work in progress, held by this process alone."""
-    work = out / _WORK_NAME
+    work = out / WORK_NAME
     if not work.is_dir():
         if any(out.iterdir()):
             raise DataError(f"{out} exists and holds other files: give an empty or new --out")

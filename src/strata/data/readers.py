@@ -8,29 +8,23 @@ reading can go on behind any record.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from strata.data.sources import Source
+from strata.data.streams import BOM, opened, refusing_damage
 from strata.errors import DataError
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 
 _PARQUET_BATCH_BYTES = 4 * 2**20
 _PARQUET_BATCH_ROWS = 512
-_ZSTD_STEP_BYTES = 8 * 1024  # a hostile frame expands 32,000-fold: feed it in small bites
-_ZSTD_WINDOW_BYTES = 2**27  # what the zstd command accepts without --long
-_BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
@@ -75,15 +69,15 @@ def read_documents(source: Source, *, options: ReadOptions, skip: int = 0) -> It
         DataError: the file is damaged, not UTF-8, without the needed fields, or a record in it is
             too long; the line says where.
     """
-    with _refusing_damage(source.path):
+    with refusing_damage(source):
         if source.suffix == ".parquet":
-            yield from _read_parquet(source.path, options, skip)
+            yield from _read_parquet(source, options, skip)
         elif source.suffix.startswith(".jsonl"):
-            yield from _read_jsonl(source.path, options, skip)
+            yield from _read_jsonl(source, options, skip)
         elif options.txt_documents == "paragraph":
-            yield from _read_paragraphs(source.path, options, skip)
+            yield from _read_paragraphs(source, options, skip)
         elif skip == 0:
-            yield _read_txt(source.path, options)
+            yield _read_txt(source, options)
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -100,16 +94,16 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
             long; the line says where.
     """
     path = source.path
-    with _refusing_damage(path):
+    with refusing_damage(source):
         if source.suffix == ".parquet":
-            with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            with _parquet(source) as file:
                 number = 0
                 for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, use_threads=False):
                     for row in _pylist(batch, f"{path}, row {number + 1}"):
                         number += 1
                         yield f"{path}, row {number}", row
         elif source.suffix.startswith(".jsonl"):
-            with _open(path) as (stream, _):
+            with opened(source) as (stream, _):
                 for number, _, line in _lines(path, stream, ReadOptions()):
                     if line.strip():
                         where = f"{path}, line {number}"
@@ -126,32 +120,25 @@ def _pylist(batch: pa.RecordBatch, where: str) -> list[dict[str, Any]]:
     return rows
 
 
-@contextmanager
-def _refusing_damage(path: Path) -> Iterator[None]:
-    """Turn what the decoders raise on a damaged file into one line."""
-    try:
-        yield
-    except (EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
-        raise _damaged(path, error) from None
-    except OSError as error:
-        if error.errno is None or isinstance(error, gzip.BadGzipFile):
-            raise _damaged(path, error) from None
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200]
-    return DataError(f"{path} is damaged or not {path.suffix[1:]}: {reason}; fetch it again")
-
-
 # Rows of parquet files
 
 
-def _read_parquet(path: Path, options: ReadOptions, skip: int) -> Iterator[Document]:
+@contextmanager
+def _parquet(source: Source) -> Iterator[pq.ParquetFile]:
     # A buffer size makes arrow stream the column chunks; without it a row group is read whole.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    local = source.fetch()
+    with (
+        nullcontext(local) if local is not None else source.open() as given,
+        pq.ParquetFile(given, buffer_size=1 << 20, pre_buffer=False) as file,
+    ):
+        yield file
+
+
+def _read_parquet(source: Source, options: ReadOptions, skip: int) -> Iterator[Document]:
+    path = source.path
+    with _parquet(source) as file:
         columns = _parquet_columns(path, file.schema_arrow, options)
-        size_bytes = path.stat().st_size
+        size_bytes = source.entry.num_bytes
         num_rows = max(1, file.metadata.num_rows)
         row = 0
         for group in range(file.num_row_groups):
@@ -220,8 +207,9 @@ def _rows(
 # Lines of jsonl files
 
 
-def _read_jsonl(path: Path, options: ReadOptions, skip: int) -> Iterator[Document]:
-    with _open(path) as (stream, raw):
+def _read_jsonl(source: Source, options: ReadOptions, skip: int) -> Iterator[Document]:
+    path = source.path
+    with opened(source) as (stream, raw):
         for number, _, line in _lines(path, stream, options):
             if number <= skip or not line.strip():
                 continue
@@ -279,19 +267,20 @@ def _missing_field(where: str, field: str, available: list[str]) -> DataError:
 # Text files
 
 
-def _read_txt(path: Path, options: ReadOptions) -> Document:
-    with _open(path) as (stream, raw):
+def _read_txt(source: Source, options: ReadOptions) -> Document:
+    path = source.path
+    with opened(source) as (stream, raw):
         content = stream.read(options.max_document_bytes + 1)
         if len(content) > options.max_document_bytes:
             hint = "; read its paragraphs as documents (--paragraphs)"
             raise _too_long(f"{path}", "a txt file is one document and this one", options, hint)
-        offset = len(_BOM) if content.startswith(_BOM) else 0
+        offset = len(BOM) if content.startswith(BOM) else 0
         return Document(_decode(content[offset:], path, offset, 1), "", 1, raw.tell())
 
 
-def _read_paragraphs(path: Path, options: ReadOptions, skip: int) -> Iterator[Document]:
-    record = 0
-    with _open(path) as (stream, raw):
+def _read_paragraphs(source: Source, options: ReadOptions, skip: int) -> Iterator[Document]:
+    path, record = source.path, 0
+    with opened(source) as (stream, raw):
         for first_line, offset, block in _blocks(path, stream, options):
             record += 1
             if record > skip:
@@ -340,8 +329,8 @@ def _lines(path: Path, stream: BinaryIO, options: ReadOptions) -> Iterator[tuple
         number += 1
         if len(line) > limit:
             raise _too_long(f"{path}, line {number}", "the line", options)
-        if number == 1 and line.startswith(_BOM):
-            yield number, len(_BOM), line[len(_BOM) :]
+        if number == 1 and line.startswith(BOM):
+            yield number, len(BOM), line[len(BOM) :]
         else:
             yield number, offset, line
         offset += len(line)
@@ -358,53 +347,3 @@ def _too_long(where: str, what: str, options: ReadOptions, hint: str = "") -> Da
     if limit < MAX_DOCUMENT_BYTES:
         hint += ", or raise memory_gb (with more memory the bound is up to 64 MiB)"
     return DataError(f"{where}: {what} is longer than {bound}: split it{hint}")
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A stream of the plain bytes of a file, and the file below it, whose `tell` is progress."""
-    with open(path, "rb") as raw:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(raw, "rb") as stream:
-                yield stream, raw  # type: ignore[misc]
-        elif path.suffix.lower() == ".zst":
-            yield io.BufferedReader(_ZstdStream(raw), 1 << 18), raw
-        else:
-            yield raw, raw
-
-
-class _ZstdStream(io.RawIOBase):
-    """The plain bytes of a zstd file; unlike zstandard's own, it refuses a truncated frame."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._compressed = b""
-        self._plain = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            if not self._compressed:
-                self._compressed = self._file.read(_ZSTD_STEP_BYTES)
-                if not self._compressed:
-                    if self._frame is not None:
-                        raise EOFError("it ends in the middle of a frame")
-                    return 0
-            self._decompress()
-        count = min(len(buffer), len(self._plain))
-        buffer[:count] = self._plain[:count]
-        self._plain = self._plain[count:]
-        return count
-
-    def _decompress(self) -> None:
-        if self._frame is None:
-            self._frame = self._context.decompressobj()
-        self._plain = memoryview(self._frame.decompress(self._compressed))
-        self._compressed = b""
-        if self._frame.eof:
-            self._compressed = self._frame.unused_data
-            self._frame = None

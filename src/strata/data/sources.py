@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from strata.config import FrozenConfig
-from strata.errors import DataError
+from strata.errors import DataError, StrataError
 
 SUFFIXES = (
     ".parquet",
@@ -31,19 +32,66 @@ class SourceEntry(FrozenConfig):
     fingerprint: str
 
 
+class DatasetEntry(FrozenConfig):
+    """A data set among the sources, as a manifest records it.
+
+    Attributes:
+        name: `owner/name`; of a mirror, that or the name of its folder.
+        asked: the SOURCE, with configuration and revision where they were named.
+        revision: the commit that was read; None where a mirror does not say.
+        config, split: what of it was read.
+        first: number of its first file among the sources and the sources of val.
+        num_files: how many of them are its own.
+        is_mirror: it was read from a folder here.
+    """
+
+    name: str
+    asked: str
+    revision: str | None
+    config: str
+    split: str
+    first: int
+    num_files: int
+    is_mirror: bool = False
+
+
 @dataclass(frozen=True)
 class Source:
     """One file to read.
 
     Attributes:
-        path: where it is.
-        suffix: which of `SUFFIXES` it has.
+        path: where it is; of a file elsewhere, its name in messages.
+        suffix: which of `SUFFIXES` it is read as.
         entry: its name inside the SOURCE given, its size and a hash of its head and tail.
     """
 
     path: Path
     suffix: str
     entry: SourceEntry
+
+    @property
+    def key(self) -> object:
+        """Equal for two sources that are one file."""
+        return self.path.resolve()
+
+    def fetch(self) -> Path | None:
+        """Where the file lies on this machine, fetched if need be; None if it is read elsewhere."""
+        return self.path
+
+    def fetch_ahead(self) -> None:
+        """Begin to fetch the file in the background, if that takes time."""
+
+    def open(self) -> BinaryIO:
+        """The bytes of the file."""
+        return open(self.path, "rb")
+
+    def peek(self) -> Source:
+        """The same file, to look at its beginning."""
+        return self
+
+    def explain(self, error: Exception) -> StrataError | None:
+        """What an error of opening or reading means, where this kind of source knows it."""
+        return None
 
 
 def find_sources(sources: Sequence[Path]) -> list[Source]:
@@ -57,16 +105,22 @@ def find_sources(sources: Sequence[Path]) -> list[Source]:
     """
     if not sources:
         raise DataError("no source given: name files or folders of " + ", ".join(SUFFIXES))
-    found: list[Source] = []
-    seen: set[Path] = set()
-    for given in sources:
-        for path, name in _files_behind(given):
-            resolved = path.resolve()
-            if resolved in seen:
-                raise DataError(f"{path} is given twice: name each source once")
-            seen.add(resolved)
-            found.append(_describe(path, name))
+    found = [describe(path, name) for given in sources for path, name in _files_behind(given)]
+    refuse_repeats(found)
     return found
+
+
+def refuse_repeats(sources: Sequence[Source]) -> None:
+    """Refuse a file that is there twice.
+
+    Raises:
+        DataError: one is.
+    """
+    seen: set[object] = set()
+    for source in sources:
+        if source.key in seen:
+            raise DataError(f"{source.path} is given twice: name each source once")
+        seen.add(source.key)
 
 
 def _files_behind(given: Path) -> list[tuple[Path, str]]:
@@ -76,7 +130,7 @@ def _files_behind(given: Path) -> list[tuple[Path, str]]:
             raise DataError(f"nothing to read in {given}: expected {', '.join(SUFFIXES)}")
         return files
     if given.is_file():
-        if _suffix_of(given.name) is None:
+        if suffix_of(given.name) is None:
             raise DataError(f"{given} is of no known kind: expected {', '.join(SUFFIXES)}")
         return [(given, given.name)]
     if given.exists():
@@ -90,18 +144,29 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(parent, name)
-            if not name.startswith(".") and _suffix_of(name) is not None and path.is_file():
+            if not name.startswith(".") and suffix_of(name) is not None and path.is_file():
                 files.append((path, path.relative_to(folder).as_posix()))
     return sorted(files, key=lambda item: item[1])
 
 
-def _suffix_of(name: str) -> str | None:
+def suffix_of(name: str) -> str | None:
+    """Which of `SUFFIXES` a file name has."""
     lowered = name.lower()
     return next((suffix for suffix in SUFFIXES if lowered.endswith(suffix)), None)
 
 
-def _describe(path: Path, name: str) -> Source:
-    suffix = _suffix_of(name)
+def describe(path: Path, name: str, *, suffix: str | None = None) -> Source:
+    """A local file as a source.
+
+    Args:
+        path: where it is.
+        name: what a manifest calls it.
+        suffix: what to read it as; None goes by its name.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    suffix = suffix or suffix_of(name)
     assert suffix is not None
     try:
         with open(path, "rb") as file:

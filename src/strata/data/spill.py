@@ -84,6 +84,11 @@ class SortedDocuments:
         yield from _gather(self.tokens, self.starts[begin:stop], self.lengths[begin:stop], begin)
 
 
+def run_order(documents: Documents, keys: np.ndarray) -> np.ndarray:
+    """(num_documents,) which document comes in each row of a run: sorted by (not val, key)."""
+    return np.lexsort((keys, ~documents.is_val))
+
+
 class Spill:
     """The four files of a spill in `folder`."""
 
@@ -100,14 +105,14 @@ class Spill:
             self._cut(name, num_documents * np.dtype(dtype).itemsize)
 
     def append_run(self, documents: Documents, keys: np.ndarray, *, num_before: int) -> RunEntry:
-        """Sort documents by (not val, key) and write them behind the earlier runs.
+        """Write documents behind the earlier runs, in the order of `run_order`.
 
         Args:
             documents: what to write.
             keys: (num_documents,) uint64, unique over all runs.
             num_before: how many tokens all earlier runs hold.
         """
-        order = np.lexsort((keys, ~documents.is_val))
+        order = run_order(documents, keys)
         starts = (np.cumsum(documents.lengths) - documents.lengths)[order]
         lengths = documents.lengths[order]
         with open(self._folder / "tokens", "ab") as file:
@@ -134,7 +139,13 @@ class Spill:
         )
 
     def sorted_ranges(
-        self, runs: Sequence[RunEntry], *, val: bool, from_key: int, range_bytes: int
+        self,
+        runs: Sequence[RunEntry],
+        *,
+        val: bool,
+        from_key: int,
+        range_bytes: int,
+        dropped: Path | None = None,
     ) -> Iterator[SortedDocuments]:
         """Walk one split in key order, from `from_key` on, in ranges that fit in memory.
 
@@ -143,6 +154,7 @@ class Spill:
             val: which split.
             from_key: the first key of interest.
             range_bytes: the most bytes of a range, but for a single longer document.
+            dropped: a file with a byte for each row; documents with a 1 are left out.
         """
         slices = _split_slices(runs, val=val)
         while from_key <= _LAST_KEY:
@@ -152,10 +164,10 @@ class Spill:
             next_key = cursor.reach(range_bytes)
             if next_key is None:
                 return
-            yield self._load(cursor.begins, cursor.stops)
+            yield self._load(cursor.begins, cursor.stops, dropped)
             from_key = next_key
 
-    def _load(self, begins: np.ndarray, stops: np.ndarray) -> SortedDocuments:
+    def _load(self, begins: np.ndarray, stops: np.ndarray, dropped: Path | None) -> SortedDocuments:
         ends = self._map("ends")
         token_begins = [int(ends[begin - 1]) if begin else 0 for begin in begins]
         token_counts = [
@@ -163,7 +175,7 @@ class Spill:
             for begin, stop, token_begin in zip(begins, stops, token_begins, strict=True)
         ]
         tokens = np.empty(sum(token_counts), self._dtype)
-        keys, starts, lengths, loss_from = [], [], [], []
+        keys, starts, lengths, loss_from, stays = [], [], [], [], []
         filled = 0
         with open(self._folder / "tokens", "rb", buffering=0) as file:
             for begin, stop, token_begin, count in zip(
@@ -179,9 +191,14 @@ class Spill:
                 lengths.append(document_ends - document_starts)
                 keys.append(self._read("keys", begin, stop))
                 loss_from.append(self._read("loss_from", begin, stop))
+                if dropped is not None:
+                    marks = np.fromfile(dropped, np.uint8, int(stop - begin), offset=int(begin))
+                    stays.append(marks == 0)
                 filled += count
         all_keys = np.concatenate(keys)
         order = np.argsort(all_keys)
+        if stays:
+            order = order[np.concatenate(stays)[order]]
         return SortedDocuments(
             tokens=tokens,
             starts=np.concatenate(starts)[order],

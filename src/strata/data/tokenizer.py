@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from strata.data.order import content_fraction
 from strata.data.progress import ProgressBar
 from strata.data.readers import Document, ReadOptions, read_documents
 from strata.data.sources import Source, find_sources
-from strata.errors import DataError, StorageError
+from strata.data.tokenizer_folder import begin_with, refuse_existing, save_tokenizer
+from strata.errors import DataError
 
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -70,20 +68,15 @@ def train_tokenizer(
         )
     if not 0.0 < sample_fraction <= 1.0:
         raise DataError(f"sample_fraction is {sample_fraction}: give more than 0, at most 1")
-    if out.exists():
-        raise DataError(f"{out} exists: give another --out or delete it")
+    refuse_existing(out)
     files = find_sources([Path(source) for source in sources])
     texts = _Texts(files, ReadOptions(text_field, txt_documents), sample_fraction, seed)
     tokenizer = _train(texts, vocab_size=vocab_size, progress=progress)
     if not texts.num_documents:
         raise DataError(f"no text in {files[0].path}: every record is empty, or there are none")
     if add_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A",
-            pair=f"{BOS} $A {BOS} $B",
-            special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
-        )
-    _save(tokenizer, out)
+        begin_with(tokenizer, BOS)
+    save_tokenizer(tokenizer, out, {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS})
     return tokenizer.get_vocab_size(with_added_tokens=True)
 
 
@@ -141,29 +134,3 @@ def _train(texts: _Texts, *, vocab_size: int, progress: bool) -> Tokenizer:
     with ProgressBar("training tokenizer", total=texts.total_bytes, enabled=progress) as bar:
         tokenizer.train_from_iterator(texts.batches(bar), trainer)
     return tokenizer
-
-
-def _save(tokenizer: Tokenizer, out: Path) -> None:
-    """Write the folder under another name and rename it, so that it is never seen half-made."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        (temporary / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        config = json.dumps(_transformers_config(), indent=1)
-        (temporary / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-        os.rename(temporary, out)
-    except OSError as error:
-        raise StorageError(f"cannot write {error.filename or out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _transformers_config() -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }

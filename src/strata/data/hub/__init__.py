@@ -1,0 +1,1 @@
+"""Data sets and tokenizers of the Hugging Face hub, and folders that mirror them."""
