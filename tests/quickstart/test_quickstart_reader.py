@@ -36,7 +36,7 @@ def make_reader(folder: Path, tokenizer: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=1024,
         initializer_range=0.5, bos_token_id=None, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
