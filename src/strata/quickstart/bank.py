@@ -40,7 +40,7 @@ NUM_QUESTIONS = 64
 NUM_SHOWN = 4
 TOP_K = 5
 ANSWER_TOKENS = 12
-# The codec of explicit_vq, a byte for two numbers of this reader's. The paper's, 14 bytes for 80, has
+# The codec of explicit_vq, a byte for two numbers of this reader. The paper's, 14 bytes for 80, has
 # codebooks of 16,384 vectors, too many for so few references.
 VQ = "PQ16x8"
 FORMATS = ("none", "text", "explicit", "explicit_vq")
