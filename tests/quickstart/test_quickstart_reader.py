@@ -87,10 +87,10 @@ def test_four_ways_are_measured(asked: tuple[Path, BankOutcome, str]) -> None:
     assert all(ms > 0 for ms in outcome.ttft_ms.values())
     kib = outcome.kib_per_reference
     assert set(kib) == {"text", "explicit", "explicit_vq"}
-    # Four heads of width 8 in one layer, five tokens, keys and values: bf16, or 10 bytes each.
-    vectors, places = 2 * 4 * 5, 2 * 4 * 5 + 2
-    assert kib["explicit"] == (vectors * 16 + places) / 1024
-    assert kib["explicit_vq"] == (vectors * 10 + places) / 1024
+    # Two heads of width 16 in one layer, five tokens, keys and values: bf16, or 16 bytes each.
+    vectors, places = 2 * 2 * 5, 2 * 2 * 5 + 2
+    assert kib["explicit"] == (vectors * 32 + places) / 1024
+    assert kib["explicit_vq"] == (vectors * 16 + places) / 1024
     assert outcome.found > 0.5
     bank, coded = Bank.open(out / "bank"), Bank.open(out / "bank-vq")
     assert len(bank) == len(coded) == outcome.references and not bank.cold() and not coded.cold()
@@ -98,7 +98,6 @@ def test_four_ways_are_measured(asked: tuple[Path, BankOutcome, str]) -> None:
     assert sorted(r.source for r in bank.ls()) == sorted(r.source for r in coded.ls())
     for name in ("nothing", "memories, VQ", "first token, ms", "it was never taught about"):
         assert name in printed
-    assert "reading has to be learned" not in printed.replace("\n", " ")
 
 
 def test_the_reader_of_strata_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
