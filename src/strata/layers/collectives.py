@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup
+# torch 2.13 gave them other names, and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather(part: Tensor, group: Group) -> Tensor:
@@ -85,13 +88,13 @@ class _ToColumns(torch.autograd.Function):
 
 def _gathered(part: Tensor, group: Group) -> Tensor:
     whole = part.new_empty(group.size() * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+    all_gather(whole, part.contiguous(), group=group)
     return whole
 
 
 def _scattered(part: Tensor, group: Group) -> Tensor:
     mine = part.new_empty(len(part) // group.size(), *part.shape[1:])
-    dist.reduce_scatter_tensor(mine, part.contiguous(), group=group)
+    reduce_scatter(mine, part.contiguous(), group=group)
     return mine
 
 

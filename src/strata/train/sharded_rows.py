@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from strata.layers import ValueTable
+from strata.layers.collectives import all_gather
 from strata.ops import row_update
 from strata.ops.row_update import RowGradients, reduce_uses
 from strata.ops.weighted_bag import Use, row_gradients
@@ -106,7 +107,7 @@ class ShardedRowOptimizer(RowOptimizer):
 def together(own: RowGradients, group: dist.ProcessGroup) -> RowGradients:
     """The sum of what every replica owes to each row; the same bits in all of them."""
     counts = own.rows_u.new_empty(group.size())
-    dist.all_gather_into_tensor(counts, own.rows_u.new_tensor([len(own.rows_u)]), group=group)
+    all_gather(counts, own.rows_u.new_tensor([len(own.rows_u)]), group=group)
     lengths = counts.tolist()
     longest = max(lengths)
     if not longest:
@@ -124,5 +125,5 @@ def _gathered(part: Tensor, longest: int, group: dist.ProcessGroup) -> Tensor:
     padded = part.new_zeros(longest, *part.shape[1:])
     padded[: len(part)] = part
     whole = part.new_empty(group.size() * longest, *part.shape[1:])
-    dist.all_gather_into_tensor(whole, padded, group=group)
+    all_gather(whole, padded, group=group)
     return whole.unflatten(0, (group.size(), longest))
