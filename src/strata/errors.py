@@ -19,11 +19,11 @@ class StrataError(ValueError):
         exit_code: what the command line ends with: 2 for wrong input, 1 where the input was right
             and the work failed.
         told_by: where several processes train together, whose message it is: "main" if all of them
-            have it, "all" if this process alone knows.
+            have it, "all" if this process alone knows, "launcher" if that sees it itself.
     """
 
     exit_code = 2
-    told_by: Literal["main", "all", None] = None
+    told_by: Literal["main", "all", "launcher", None] = None
 
 
 class ConfigError(StrataError):

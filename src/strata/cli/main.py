@@ -117,6 +117,8 @@ def _is_ours_to_tell(error: StrataError) -> bool:
     rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if error.told_by == "main":
         return rank == 0
+    if error.told_by == "launcher":
+        return False
     return error.told_by == "all" or local == 0
 
 

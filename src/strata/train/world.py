@@ -22,10 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from strata.config import FrozenConfig
 from strata.device import pick_device
-from strata.errors import ConfigError, StrataError
+from strata.errors import ConfigError, LaunchError, StrataError
 
 REPLICA, MEMORY = "replica", "memory"
 TIMEOUT = timedelta(minutes=30)  # the longest that a process waits for the others
+# What gloo and NCCL say in the processes that are left when one is gone.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 
 class DistributedConfig(FrozenConfig):
@@ -165,6 +167,7 @@ def open_world(config: DistributedConfig, *, device: str) -> Iterator[World]:
 
     Raises:
         ConfigError: no such device, fewer GPUs than processes, or groups that do not fit.
+        LaunchError: another process has gone; its launcher says which.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -185,6 +188,12 @@ def open_world(config: DistributedConfig, *, device: str) -> Iterator[World]:
     except StrataError as error:
         error.told_by = error.told_by or "all"
         raise
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _GONE):
+            raise
+        lost = LaunchError("another process of this run is gone: start it again, and it goes on")
+        lost.told_by = "launcher"
+        raise lost from None
     finally:
         if not joined:
             dist.destroy_process_group()
