@@ -172,7 +172,6 @@ def stage_arms(*, tokens: int, overrides: Sequence[str] = ()) -> list[Arm]:
             kept = DENSE if level.startswith("memory/") else {}
             tree["stages"][f"part{number}"] = stage(level, steps, lr=lr, min_ratio=ratio) | kept
         memory = tree["common"]["reading"]["memory"]
-        del memory["layers"]  # of the reader's own depth
         for override in overrides:
             apply_override(tree, override)
         depth = tree["model"]["host"]["num_hidden_layers"]
