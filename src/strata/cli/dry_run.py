@@ -42,7 +42,7 @@ def _print(recipe: Recipe, counts: Counts, found: Footprint) -> None:
 
     console = Console()
     console.print(_sizes(recipe, counts))
-    console.print(_held(found))
+    console.print(_held(recipe, found))
     if found.shares.processes > 1:
         console.print(_sent(found))
         if found.shares.rows_read is None and recipe.memory is not None:
@@ -64,14 +64,15 @@ def _sizes(recipe: Recipe, counts: Counts) -> Table:
     return table
 
 
-def _held(found: Footprint) -> Table:
+def _held(recipe: Recipe, found: Footprint) -> Table:
     shares = found.shares
     who = "the process" if shares.processes == 1 else f"each of {shares.processes:,} processes"
     table = _table(f"bytes that {who} holds", "")
     if shares.processes > 1:
         table.add_row("dense part", shares.dense)
-        table.add_row("memory group", f"{shares.memory_group:,}")
-        table.add_row("replicas of the tables", f"{shares.replicas:,}")
+        if recipe.memory is not None:
+            table.add_row("memory group", f"{shares.memory_group:,}")
+            table.add_row("replicas of the tables", f"{shares.replicas:,}")
     table.add_row("tokens of a micro-batch", f"{shares.tokens:,}")
     for when, title in (("always", "always"), ("passes", "forward, backward"), ("rows", "rows")):
         table.add_section()
