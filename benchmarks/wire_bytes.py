@@ -41,6 +41,7 @@ from strata.config import load_config, validate
 from strata.layers.collectives import all_gather, reduce_scatter
 from strata.models import build
 from strata.train import Recipe, loop, sharded_rows
+from strata.train.activations import Activations, activations
 from strata.train.footprint import footprint
 from strata.train.run import RunFolder
 from strata.train.shares import shares_of
@@ -129,7 +130,7 @@ def launch(job: str, processes: int) -> dict[str, Any]:
         user = [] if os.geteuid() == 0 else ["--map-root-user"]
         command = ["unshare", *user, "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
         # Large blocks go back to the system when they are freed, so that a peak is a peak.
-        alone = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        alone = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         alone |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": "0"}
         done = subprocess.run([*command, *inside], env={**os.environ, **alone}, check=False)
         if done.returncode:
@@ -295,8 +296,8 @@ def count_rows(training: loop.Training) -> Iterator[list[float]]:
     together, step = sharded_rows.together, sharded_rows.ShardedRowOptimizer.step
     steps: list[int] = []
 
-    def counted_together(own: Any, group: Any) -> Any:
-        total = together(own, group)
+    def counted_together(own: Any, group: Any, **options: Any) -> Any:
+        total = together(own, group, **options)
         gathered.append((len(own.rows_u), len(total.rows_u)))
         return total
 
@@ -469,7 +470,7 @@ FAR = (
     ("pkplus_373m_1024k", (8, 64, 512), (8, 64)),
     ("pkplus_1p3b_1m", (8, 64, 512), (8, 64)),
     ("pkplus_1p3b_4m", (8, 64, 512), (8, 64)),
-    ("pkplus_1p3b_16m", (8, 64, 512), (8, 64)),
+    ("pkplus_1p3b_16m", (8, 64, 512), (8, 64, 512)),
     ("pkplus_1p3b_64m", (64, 512), (64, 512)),
 )
 
@@ -481,17 +482,24 @@ def print_far() -> None:
     print(f"| recipe | processes | group | {' | '.join(names)} | {' | '.join(sent)} |")
     print(f"|---|---:|---:|{'---:|' * (len(names) + len(sent))}")
     for name, sizes, groups in FAR:
+        waiting = activations(far_recipe(name, 1), sequences=1)
         for size in sizes:
             for group in groups:
                 if group <= size:
-                    print(far_row(name, size, group), flush=True)
+                    print(far_row(name, size, group, waiting), flush=True)
 
 
-def far_row(name: str, processes: int, group: int) -> str:
+def far_recipe(name: str, processes: int) -> Recipe:
+    """With a sequence for each process."""
     options = [f"data.batch_size={processes}", "model.gradient_checkpointing=true"]
-    recipe = load_config(Recipe, RECIPES / f"{name}.yaml", options)
+    return load_config(Recipe, RECIPES / f"{name}.yaml", options)
+
+
+def far_row(name: str, processes: int, group: int, waiting: Activations) -> str:
+    recipe = far_recipe(name, processes)
     shares = shares_of(recipe, processes=processes, memory_group=group)
-    found = footprint(build(recipe.model, recipe.memory, device="meta"), recipe, shares)
+    model = build(recipe.model, recipe.memory, device="meta")
+    found = footprint(model, recipe, shares, waiting=waiting)
     held = {part.kind: part.num_bytes for part in found.held}
     rings = found.sent["rings"]
     own = {"dense weights", "dense gradients", "replica rows"}

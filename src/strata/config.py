@@ -85,8 +85,10 @@ def laid_over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in tree.items():
         below = result.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        result[key] = laid_over(below, value) if both else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            result[key] = laid_over(below, value)
+        else:
+            result[key] = value
     return result
 
 

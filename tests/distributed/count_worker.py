@@ -21,9 +21,11 @@ from wire_bytes import Watch, count_rows
 
 from strata.config import load_config
 from strata.layers import ValueTable, value_tables
+from strata.ops.row_update import RowGradients
 from strata.train import Recipe, loop
 from strata.train.feed import Feed
 from strata.train.run import RunFolder
+from strata.train.sharded_rows import add_up_all, add_up_read
 from strata.train.state import DENSE, VALUES
 from strata.train.world import open_world
 
@@ -31,6 +33,7 @@ from strata.train.world import open_world
 def main() -> None:
     recipe, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     dist.init_process_group("gloo")
+    both_ways_add_up_alike()
     for file, overrides in jobs:
         found = run(load_config(Recipe, recipe, [*overrides, "run.threads=1"]))
         if dist.get_rank() == 0:
@@ -49,6 +52,22 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 world.any(False)  # as between two steps
                 loop.take_step(training)
             return {"exchanges": watch.exchanges, "rows_read": rows, "held": held(training)}
+
+
+def both_ways_add_up_alike() -> None:
+    """What replicas read, handed to all of them, or added up over all rows: the same sums."""
+    group, num_rows = dist.group.WORLD, 200_000
+    for count in (0, 3, 100_000):
+        draw = torch.Generator().manual_seed(dist.get_rank() + count)
+        rows_u = torch.randperm(num_rows, generator=draw)[: count * dist.get_rank()].sort().values
+        own = RowGradients(rows_u, torch.randn(len(rows_u), 3, generator=draw))
+        lengths: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(lengths, len(rows_u))
+        if not max(lengths):
+            continue
+        one, other = add_up_read(own, group, lengths), add_up_all(own, group, num_rows=num_rows)
+        assert torch.equal(one.rows_u, other.rows_u)
+        torch.testing.assert_close(one.grad_uv, other.grad_uv)
 
 
 def held(training: loop.Training) -> dict[str, int]:

@@ -110,6 +110,17 @@ def test_even_picks_read_no_more_rows_than_there_are(tiny_recipe: MakeRecipe) ->
     assert shares_of(recipe, processes=2).distinct_rows(model, table) == (256, 256)
 
 
+def test_replicas_that_read_most_rows_add_up_all(tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe("data.batch_size=16")
+    model = build(recipe.model, recipe.memory, device="meta")
+    for read, operations in ((32, {"all_gather"}), (33, {"all_gather", "all_reduce"})):
+        shares = shares_of(recipe, processes=16, memory_group=1, rows_read=(read, 256))
+        calls = [call for call in exchanges(model, shares) if call.kind == "replica rows"]
+        assert {call.operation for call in calls} == operations  # how many is gathered anyhow
+        whole = {32: 16 * (8 + 32 * (4 + 4 * 32)), 33: 16 * 8 + 256 * (4 + 4 * 32)}[read]
+        assert sum(call.whole_bytes for call in calls) == whole
+
+
 def test_health_counts_rarely(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe("run.health_every=10")
     model = build(recipe.model, recipe.memory, device="meta")

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from strata.layers import PEER, ProductKeyMemory, ValueTable, memory_layers, value_tables
-from strata.train.activations import activations
+from strata.train.activations import Activations, activations
 from strata.train.optim import parameter_groups
 from strata.train.recipe import Recipe
+from strata.train.sharded_rows import ROWS_AT_ONCE, adds_up_all
 from strata.train.sharding import BUCKET_BYTES
 from strata.train.shares import Shares, check_columns_of
-from strata.train.traffic import BACKENDS, exchanges, sent_bytes
+from strata.train.traffic import BACKENDS, Backend, exchanges, sent_bytes
 
 # When it is held: all the time, until a backward pass has ended, or while rows are updated.
 ALWAYS, PASSES, ROWS = "always", "passes", "rows"
@@ -51,7 +52,7 @@ class Footprint:
 
     shares: Shares
     held: list[Held]
-    sent: dict[str, dict[str, int]]
+    sent: dict[Backend, dict[str, int]]
 
     @property
     def peak_bytes(self) -> int:
@@ -83,33 +84,37 @@ def _key(kind: str) -> str:
     return kind.replace(" ", "_")
 
 
-def footprint(model: PreTrainedModel, recipe: Recipe, shares: Shares) -> Footprint:
+def footprint(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    shares: Shares,
+    *,
+    waiting: Activations | None = None,
+) -> Footprint:
     """What one of the processes that share a run holds and sends.
 
     Args:
         model: as the recipe builds it, not spread; on the meta device it takes no memory.
         recipe: the run.
         shares: who shares what, see `shares_of`.
+        waiting: what a pass keeps, if that is known already.
 
     Raises:
         ConfigError: the memory group cannot share rows evenly.
     """
     check_columns_of(model, shares)
     calls = exchanges(model, shares)
-    sent = {backend: sent_bytes(calls, backend) for backend in BACKENDS}
-    return Footprint(shares, held(model, recipe, shares), sent)
-
-
-def held(model: PreTrainedModel, recipe: Recipe, shares: Shares) -> list[Held]:
-    """What a process keeps, by kind."""
-    waiting = activations(recipe, sequences=shares.tokens // recipe.data.sequence_tokens)
+    sent: dict[Backend, dict[str, int]] = {b: sent_bytes(calls, b) for b in BACKENDS}
+    if waiting is None:
+        sequences = shares.tokens // recipe.data.sequence_tokens
+        waiting = activations(recipe, sequences=sequences)
     parts = [
         *_dense(model, shares),
         *_tables(model, recipe, shares),
         Held("activations", waiting.saved_bytes, PASSES),
         Held("weights copied by autocast", waiting.copied_bytes, PASSES),
     ]
-    return [part for part in parts if part.num_bytes]
+    return Footprint(shares, [part for part in parts if part.num_bytes], sent)
 
 
 def _dense(model: PreTrainedModel, shares: Shares) -> list[Held]:
@@ -192,13 +197,17 @@ def _update_bytes(
     """The most that the update of a table takes beside the table and its state.
 
     Uses are joined, sorted by row and summed; replicas then hand their rows to each other, which
-    are joined, sorted and summed again; an update holds gradients, and their squares or steps.
+    are joined, sorted and summed again, or add up all rows, some at a time; an update holds
+    gradients, and their squares or steps.
     """
     own, all_rows = shares.distinct_rows(model, table)
     r, columns = shares.replicas, table.width // shares.memory_group
     row, sent = 4 * columns + 8, 4 * columns + 4
     phases = [uses + 16 * picks + own * row, 2 * all_rows * row]
-    if r > 1:
+    if r > 1 and adds_up_all(own, replicas=r, num_rows=table.num_rows):
+        blocks = 2 * ROWS_AT_ONCE * (sent + 4)
+        phases.append(own * row + blocks + 2 * all_rows * row)
+    elif r > 1:
         gathered = own * sent + r * own * (2 * sent + 24)
         phases.append(own * row + gathered + all_rows * row)
     return round(max(phases))

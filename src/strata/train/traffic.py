@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from strata.layers import PEER, ProductKeyMemory, memory_layers
 from strata.train.optim import parameter_groups
+from strata.train.sharded_rows import adds_up_all
 from strata.train.shares import Shares
 
 Operation = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
@@ -138,8 +139,12 @@ def _rows(model: PreTrainedModel, shares: Shares) -> Iterator[Exchange]:
         own, all_rows = shares.distinct_rows(model, table)
         columns = table.width // g
         yield Exchange("replica rows", "all_gather", r * INT64, r)  # how many
-        yield Exchange("replica rows", "all_gather", r * own * INT32, r)
-        yield Exchange("replica rows", "all_gather", r * own * columns * FLOAT, r)
+        if adds_up_all(own, replicas=r, num_rows=table.num_rows):
+            num_bytes = table.num_rows * (columns + 1) * FLOAT
+            yield Exchange("replica rows", "all_reduce", num_bytes, r)
+        else:
+            yield Exchange("replica rows", "all_gather", r * own * INT32, r)
+            yield Exchange("replica rows", "all_gather", r * own * columns * FLOAT, r)
         yield Exchange("row squares", "all_reduce", all_rows * FLOAT, g)
 
 
