@@ -61,6 +61,20 @@ def test_dry_run_of_many_processes() -> None:
     assert "each of 64 processes holds" in table.stdout and "replica rows" in table.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(RECIPES.glob("*.yaml")) if not p.name.startswith(("sft_", "dpo_"))],
+    ids=lambda path: path.stem,
+)
+def test_dry_run_of_every_recipe(path: Path) -> None:
+    result = run(path, "--dry-run", "--world-size", 8, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["device_bytes"]["peak"] > 16 * found["params_dense"] // 8
+    assert found["sent_bytes_per_step"]["rings"]["dense_gradients"] > 0
+
+
 def test_world_size_belongs_to_dry_runs(tiny_recipe_file: Path) -> None:
     result = run(tiny_recipe_file, "--world-size", 2)
     assert result.exit_code == 1 and "belong to --dry-run" in result.stderr
