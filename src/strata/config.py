@@ -28,6 +28,8 @@ ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read a YAML recipe, apply `a.b=c` overrides and validate it.
 
+    A recipe may begin with `extends: OTHER.yaml`, a file beside it, and say only what differs.
+
     Args:
         cls: the configuration class to build.
         path: a YAML file holding one mapping.
@@ -36,7 +38,20 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value is not allowed.
     """
-    path = Path(path)
+    tree = read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return validate(cls, tree, origin=str(path))
+
+
+def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe as plain values, laid over the one that it extends.
+
+    Mappings are laid over key by key, everything else is replaced; `null` leaves a section out.
+
+    Raises:
+        ConfigError: a file is missing or not YAML, or recipes extend one another in a circle.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -53,9 +68,28 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
         raise ConfigError(f"{path} is not YAML: {_one_line(str(error))}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
-    for override in overrides:
-        apply_override(tree, override)
-    return validate(cls, tree, origin=str(path))
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends holds {base!r}, not the path of a YAML file")
+    place = path.parent / base
+    above = (*extended_by, path.resolve())
+    if place.resolve() in above:
+        raise ConfigError(f"{path}: extends {base}, which extends this one in turn")
+    return laid_over(read_tree(place, extended_by=above), tree)
+
+
+def laid_over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `tree`; of mappings in both, key by key."""
+    result = dict(base)
+    for key, value in tree.items():
+        below = result.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            result[key] = laid_over(below, value)
+        else:
+            result[key] = value
+    return result
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -15,7 +15,6 @@ from strata.cli.allocator import keep_freed_memory
 from strata.errors import GO_ON
 
 if TYPE_CHECKING:
-    from strata.models import Counts
     from strata.train import Recipe, TrainResult
 
 
@@ -25,8 +24,20 @@ def train(
         list[str] | None, typer.Argument(help="a.b=value, replaces a key of the recipe")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only count parameters and FLOPs; allocates nothing")
+        bool,
+        typer.Option("--dry-run", help="only count parameters, FLOPs and bytes; allocates nothing"),
     ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="with --dry-run: processes that share the run")
+    ] = None,
+    memory_group: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="with --dry-run: processes that share a copy of the value tables; "
+            "else the recipe's, or those of a machine of eight",
+        ),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="delete the run's checkpoints and start over")
     ] = False,
@@ -43,42 +54,17 @@ def train(
     from strata.train import Recipe
 
     resolved = load_config(Recipe, recipe, overrides or ())
+    if not dry_run and (world_size or memory_group):
+        _fail(
+            "--world-size and --memory-group belong to --dry-run: torchrun or strata launch starts "
+            "processes, and distributed.memory_group=G shares tables"
+        )
     if dry_run:
-        _dry_run(resolved, as_json=as_json)
+        from strata.cli.dry_run import count_run
+
+        count_run(resolved, processes=world_size or 1, memory_group=memory_group, as_json=as_json)
     else:
         _train(resolved, fresh=fresh, as_json=as_json)
-
-
-def _dry_run(recipe: Recipe, *, as_json: bool) -> None:
-    from strata.models import build, count
-
-    model = build(recipe.model, recipe.memory, device="meta")
-    counts = count(model, sequence_tokens=recipe.data.sequence_tokens)
-    if as_json:
-        print(json.dumps(asdict(counts)))
-    else:
-        _print_table(recipe, counts)
-
-
-def _print_table(recipe: Recipe, counts: Counts) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    run = recipe.run
-    table = Table(title=recipe.name, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("parameters", f"{counts.params_total:,}")
-    table.add_row("  dense", f"{counts.params_dense:,}")
-    table.add_row("  in value tables", f"{counts.params_values:,}")
-    table.add_row("  active for one token", f"{counts.params_active:,}")
-    table.add_row("forward FLOPs a token", f"{counts.flops_per_token:,}")
-    table.add_section()
-    table.add_row("steps", f"{run.steps:,}")
-    table.add_row("tokens a step", f"{recipe.tokens_per_step:,}")
-    table.add_row("tokens", f"{run.steps * recipe.tokens_per_step:,}")
-    table.add_row("run folder", str(recipe.run_dir))
-    Console().print(table)
 
 
 def _train(recipe: Recipe, *, fresh: bool, as_json: bool) -> None:

@@ -1,9 +1,10 @@
-"""Memory layers: product keys, value tables, PEER, and their installation into a decoder.
+"""Memory layers: product keys, value tables, PEER; experts; their installation into a decoder.
 
 May import ops only.
 """
 
 from strata.layers.config import MemoryLayerConfig
+from strata.layers.experts import Experts, ExpertsConfig, insert_experts
 from strata.layers.health import LayerHealth, health, memory_layers, sum_usage, track_usage
 from strata.layers.install import MakeTable, insert_memory, replace_tables, value_tables
 from strata.layers.keys import ProductKeys
@@ -17,6 +18,8 @@ from strata.layers.values import RowTable, ValueTable
 
 __all__ = [
     "PEER",
+    "Experts",
+    "ExpertsConfig",
     "LayerHealth",
     "MakeTable",
     "MappedTable",
@@ -31,6 +34,7 @@ __all__ = [
     "ValueTable",
     "cache_counts",
     "health",
+    "insert_experts",
     "insert_memory",
     "memory_layers",
     "replace_tables",

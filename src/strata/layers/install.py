@@ -126,13 +126,22 @@ def _memory(
     return ProductKeyMemory(hidden_dim, config, tables[0], own_values=False, **factory)
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a decoder, each with an `mlp`.
+
+    Raises:
+        ModelError: it has none such.
+    """
+    return _decoder(model)[1]
+
+
 def _decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else model
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(hasattr(x, "mlp") for x in layers):
         raise ModelError(
-            f"{type(model).__name__} has no layers[i].mlp to put memory into: strata takes "
+            f"{type(model).__name__} has no layers[i].mlp to replace: strata takes "
             "decoders of the Llama, Qwen, Mistral, Gemma and OLMo kind"
         )
     return decoder, layers

@@ -2,7 +2,7 @@
 
 from strata.models.build import ModelConfig, build, load
 from strata.models.count import Counts, count
-from strata.models.registration import HOSTS, install, register_hosts, strata_class
+from strata.models.registration import HOSTS, install, install_experts, register_hosts, strata_class
 from strata.models.storage import quantize_values
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "build",
     "count",
     "install",
+    "install_experts",
     "load",
     "quantize_values",
     "register_hosts",

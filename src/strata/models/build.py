@@ -20,8 +20,8 @@ from transformers import (
 
 from strata.config import FrozenConfig, validate
 from strata.errors import ConfigError, ModelError
-from strata.layers import MemoryLayerConfig
-from strata.models.registration import install
+from strata.layers import ExpertsConfig, MemoryLayerConfig
+from strata.models.registration import install, install_experts
 from strata.models.storage import VALUES, Values, open_with
 
 DType = Literal["float32", "bfloat16"]
@@ -39,6 +39,9 @@ class ModelConfig(FrozenConfig):
         default=None, description="None: what transformers prefers for the host"
     )
     gradient_checkpointing: bool = False
+    experts: ExpertsConfig | None = Field(
+        default=None, description="mixtures of experts in the place of feed-forward layers"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -52,7 +55,7 @@ class ModelConfig(FrozenConfig):
 def build(
     config: ModelConfig, memory: MemoryLayerConfig | None, *, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Build a decoder, with memory layers if asked for.
+    """Build a decoder, with experts and memory layers if asked for.
 
     Args:
         config: the host.
@@ -75,6 +78,8 @@ def build(
                 model = AutoModelForCausalLM.from_config(host, dtype=dtype, **attention)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ConfigError(f"model.host cannot be built: {_one_line(error)}") from None
+    if config.experts is not None:
+        install_experts(model, config.experts, alike=config.path is not None)
     if memory is not None:
         install(model, memory)
     if config.gradient_checkpointing:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from strata.layers import PEER, ProductKeyMemory, ProductKeys, value_tables
+from strata.layers import PEER, Experts, ProductKeyMemory, ProductKeys, value_tables
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Counts:
         params_total: all parameters, shared ones once.
         params_dense: parameters outside value tables.
         params_values: numbers in value tables, as floats or as codes; scales are not counted.
-        params_active: parameters that one token uses: dense ones, and per memory layer the rows
-            that it reads.
+        params_active: parameters that one token uses: dense ones, but one expert of those beside
+            one another, and per memory layer the rows that it reads.
         flops_per_token: floating-point operations of one token's forward pass, at the mean context
             of a causal sequence; training costs three times as many.
     """
@@ -41,20 +41,30 @@ def count(model: PreTrainedModel, *, sequence_tokens: int) -> Counts:
     A multiply-add counts as 2 FLOPs. Counted are the matrix products of all linear layers
     (the output embedding among them), attention scores and sums over (sequence_tokens + 1) / 2
     positions, product-key scores (2 * heads * half-keys * key_dim) and bags (2 * heads * top_k *
-    value_dim; twice that for PEER). Not counted: norms, activations, softmax, top-k, rotary.
+    value_dim; twice that for PEER). Of experts count as many as a token has on average in training.
+    Not counted: norms, activations, softmax, top-k, rotary.
 
     Args:
         model: any decoder, with or without memory.
         sequence_tokens: length T of the causal sequences; token t attends to t positions.
     """
     tables = value_tables(model).values()
-    inside = {id(p) for table in tables for p in table.parameters()}
-    dense = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    in_tables = {id(p) for table in tables for p in table.parameters()}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in in_tables)
     values = sum(table.num_rows * table.width for table in tables)  # codes are no parameters
+    idle = 0  # experts that a token does not use
     read = macs = 0
     for module in model.modules():
         if isinstance(module, nn.Linear):
             macs += module.weight.numel()
+        elif isinstance(module, Experts):
+            num_experts = len(module.experts)
+            inside = sum(p.numel() for p in module.experts.parameters())
+            linear = sum(
+                x.weight.numel() for x in module.experts.modules() if isinstance(x, nn.Linear)
+            )
+            idle += inside - inside // num_experts
+            macs -= round(linear * (1 - module.capacity_factor / num_experts))
         elif isinstance(module, ProductKeys):
             macs += module.half_keys.numel()
         elif isinstance(module, ProductKeyMemory):
@@ -66,7 +76,7 @@ def count(model: PreTrainedModel, *, sequence_tokens: int) -> Counts:
         params_total=dense + values,
         params_dense=dense,
         params_values=values,
-        params_active=dense + read,
+        params_active=dense - idle + read,
         flops_per_token=2 * macs,
     )
 

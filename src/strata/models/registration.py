@@ -1,7 +1,8 @@
 """strata models as ordinary transformers models: saved, opened and named by the Auto classes.
 
 For each host class such as `LlamaForCausalLM` there is a subclass `StrataLlamaForCausalLM` whose
-configuration carries one more field, `memory_layers`, and has the model type `strata_llama`.
+configuration carries `memory_layers`, `expert_layers` or both and has the model type
+`strata_llama`.
 Everything else (generate, caches, attention, PEFT, gradient checkpointing) is the host's own.
 
 A saved folder must never be half-loaded by a program that has not imported strata: its model type
@@ -23,7 +24,15 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from strata.errors import ConfigError, ModelError
-from strata.layers import MakeTable, MappedTable, MemoryLayerConfig, insert_memory, value_tables
+from strata.layers import (
+    ExpertsConfig,
+    MakeTable,
+    MappedTable,
+    MemoryLayerConfig,
+    insert_experts,
+    insert_memory,
+    value_tables,
+)
 from strata.layers.install import TABLES
 
 HOSTS: dict[str, str] = {
@@ -49,9 +58,10 @@ _strata_configs: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
 
 
 class MemoryConfigMixin:
-    """The configuration side: one more field, sealed on disk."""
+    """The configuration side: two more fields, sealed on disk."""
 
     memory_layers: dict[str, Any] | None = None
+    expert_layers: dict[str, Any] | None = None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -72,8 +82,12 @@ class MemoryModelMixin:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if not config.memory_layers:
+        if config.expert_layers:
+            insert_experts(self, ExpertsConfig.model_validate(config.expert_layers))  # type: ignore[arg-type]
+        elif not config.memory_layers:
             raise ModelError(f"{type(config).__name__} without memory_layers: build the host class")
+        if not config.memory_layers:
+            return
         memory = MemoryLayerConfig.model_validate(config.memory_layers)
         # Freezing belongs to the training run that asked for it, not to everyone who opens it.
         memory = memory.model_copy(update={"freeze_base": False})
@@ -136,7 +150,7 @@ def strata_class(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
             {
                 "config_class": config_class,
                 "__module__": __name__,
-                "__doc__": f"{host.__name__} with memory layers.",
+                "__doc__": f"{host.__name__} with memory layers or experts.",
             },
         )
         globals()[model_class.__name__] = model_class  # found by name, as every class is
@@ -155,9 +169,13 @@ def _strata_config(host_config: type[PreTrainedConfig]) -> type[PreTrainedConfig
             {
                 "model_type": f"strata_{host_config.model_type}",
                 "memory_layers": None,
-                "__annotations__": {"memory_layers": dict[str, Any] | None},
+                "expert_layers": None,
+                "__annotations__": {
+                    "memory_layers": dict[str, Any] | None,
+                    "expert_layers": dict[str, Any] | None,
+                },
                 "__module__": __name__,
-                "__doc__": f"{host_config.__name__} with `memory_layers`.",
+                "__doc__": f"{host_config.__name__} with `memory_layers` or `expert_layers`.",
             },
         )
         globals()[config_class.__name__] = config_class
@@ -203,12 +221,41 @@ def install(model: PreTrainedModel, config: MemoryLayerConfig) -> PreTrainedMode
             "tables, train them, then quantize"
         )
     insert_memory(model, config)
+    _become_strata(model).memory_layers = config.model_dump(mode="json")
+    return model
+
+
+def install_experts(
+    model: PreTrainedModel, config: ExpertsConfig, *, alike: bool = False
+) -> PreTrainedModel:
+    """Put mixtures of experts into a decoder, in place, as `install` does memory; before it.
+
+    Args:
+        model: a transformers decoder for causal language modelling.
+        config: which layers, and how many experts.
+        alike: see `strata.layers.insert_experts`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: a layer is out of range.
+        ModelError: not a decoder with `layers[i].mlp`, or it has experts or memory already.
+    """
+    if value_tables(model):
+        raise ModelError("this model has memory layers already: install experts before them")
+    insert_experts(model, config, alike=alike)
+    _become_strata(model).expert_layers = config.model_dump(mode="json")
+    return model
+
+
+def _become_strata(model: PreTrainedModel) -> Any:
+    """Make a model one of its strata subclass; its configuration, now its own."""
     subclass = strata_class(type(model))
     _own_config(model)
     model.__class__ = subclass
     model.config.__class__ = subclass.config_class  # type: ignore[assignment]
-    model.config.memory_layers = config.model_dump(mode="json")
-    return model
+    return model.config
 
 
 def _own_config(model: PreTrainedModel) -> None:

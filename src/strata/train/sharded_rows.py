@@ -2,13 +2,15 @@
 
 Within a memory group every process has the picks of all the group's tokens, so the gradients of its
 columns are whole. Replicas exchange what their tokens asked for: distinct rows and their gradients,
-nothing of rows that were not read. A row's squared gradient, which clipping and Adagrad need over
+nothing of rows that were not read; or all rows, some at a time, where they read so many that this
+costs less. A row's squared gradient, which clipping and Adagrad need over
 all columns, is one number a row to the group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from strata.ops.row_update import RowGradients, reduce_uses
 from strata.ops.weighted_bag import Use, row_gradients
 from strata.train.optim import RowOptimizer
 from strata.train.world import World
+
+ROWS_AT_ONCE = 1 << 16
 
 
 class ShardedRowOptimizer(RowOptimizer):
@@ -86,7 +90,7 @@ class ShardedRowOptimizer(RowOptimizer):
             rows_u = torch.empty(0, dtype=torch.int64, device=table.weight.device)
             own = RowGradients(rows_u, table.weight.new_empty(0, table.weight.shape[1]))
         group = self._world.replica_group
-        return own if group is None else together(own, group)
+        return own if group is None else together(own, group, num_rows=table.num_rows)
 
     def _squares(self, gradient: RowGradients) -> Tensor:
         """(u,): squared norm of each row's gradient over all columns."""
@@ -104,20 +108,56 @@ class ShardedRowOptimizer(RowOptimizer):
         return generator
 
 
-def together(own: RowGradients, group: dist.ProcessGroup) -> RowGradients:
-    """The sum of what every replica owes to each row; the same bits in all of them."""
+def together(own: RowGradients, group: dist.ProcessGroup, *, num_rows: int) -> RowGradients:
+    """The sum of what every replica owes to each row of a table; the same bits in all of them."""
     counts = own.rows_u.new_empty(group.size())
     all_gather(counts, own.rows_u.new_tensor([len(own.rows_u)]), group=group)
     lengths = counts.tolist()
-    longest = max(lengths)
-    if not longest:
+    if not max(lengths):
         return own
+    if adds_up_all(max(lengths), replicas=group.size(), num_rows=num_rows):
+        return add_up_all(own, group, num_rows=num_rows)
+    return add_up_read(own, group, lengths)
+
+
+def adds_up_all(longest: float, *, replicas: int, num_rows: int) -> bool:
+    """Whether a ring over all rows sends less than handing the read ones to all replicas.
+
+    A ring sends each row twice in parts of 1 / replicas; the other way, `longest` rows go to each.
+    """
+    return replicas * longest > 2 * num_rows
+
+
+def add_up_read(
+    own: RowGradients, group: dist.ProcessGroup, lengths: Sequence[int]
+) -> RowGradients:
+    """The sum over replicas, of whose rows each is handed to all."""
+    longest = max(lengths)
     rows = _gathered(own.rows_u.to(torch.int32), longest, group)
     grads = _gathered(own.grad_uv, longest, group)
     rows_m = torch.cat([part[:n] for part, n in zip(rows, lengths, strict=True)]).to(torch.int64)
     grads_mv = torch.cat([part[:n] for part, n in zip(grads, lengths, strict=True)])
     ones_m1 = torch.ones_like(grads_mv[:, :1])
     return RowGradients(*row_gradients(rows_m[:, None], ones_m1, grads_mv))
+
+
+def add_up_all(own: RowGradients, group: dist.ProcessGroup, *, num_rows: int) -> RowGradients:
+    """The same over all rows, `ROWS_AT_ONCE` at a time, so that no gradient has a table's size."""
+    v = own.grad_uv.shape[1]
+    starts = torch.arange(0, num_rows + ROWS_AT_ONCE, ROWS_AT_ONCE, device=own.rows_u.device)
+    bounds = torch.searchsorted(own.rows_u, starts).tolist()
+    rows, grads = [], []
+    for number, (first, last) in enumerate(pairwise(bounds)):
+        start = number * ROWS_AT_ONCE
+        mine = own.rows_u[first:last] - start
+        sums = own.grad_uv.new_zeros(min(ROWS_AT_ONCE, num_rows - start), v + 1)
+        sums[mine, :v] = own.grad_uv[first:last]
+        sums[mine, v] = 1  # was read
+        dist.all_reduce(sums, group=group)
+        read = sums[:, v].nonzero().squeeze(1)
+        rows.append(read + start)
+        grads.append(sums[read, :v])
+    return RowGradients(torch.cat(rows), torch.cat(grads))
 
 
 def _gathered(part: Tensor, longest: int, group: dist.ProcessGroup) -> Tensor:

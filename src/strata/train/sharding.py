@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from strata.layers import RowTable, ShardedTable, ValueTable, replace_tables, value_tables
@@ -39,14 +39,28 @@ def spread(model: PreTrainedModel, config: DistributedConfig, world: World) -> N
         mesh = world.mesh._flatten("dense")
         values = {table.weight for table in _trained(model)}
         decoder = model.get_decoder()
+
+        def place(weight: nn.Parameter) -> Shard:
+            return Shard(split_dim(weight.shape, world.size))
+
         for layer in decoder.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh, ignored_params=values)
+            fully_shard(layer, mesh=mesh, shard_placement_fn=place)
+        fully_shard(model, mesh=mesh, shard_placement_fn=place, ignored_params=values)
         for module in (*decoder.layers, model):
             assert isinstance(module, FSDPModule)
             # The loss is a share of the whole batch's already: gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def split_dim(shape: Sequence[int], processes: int) -> int:
+    """The dimension along which a weight is split over so many processes.
+
+    The first that can be split evenly, else the first of all, which FSDP2 fills up: it would gather
+    the half-keys of 4 heads, split by heads over 512 processes, as 128 times their bytes.
+    """
+    even = (dim for dim, length in enumerate(shape) if length and length % processes == 0)
+    return next(even, 0)
 
 
 def columns_of(table: RowTable, group: dist.ProcessGroup) -> ShardedTable:

@@ -142,12 +142,7 @@ class World:
         Raises:
             ConfigError: they cannot be split evenly.
         """
-        if batch_size % self.size:
-            raise ConfigError(
-                f"{name} {batch_size} cannot be split over {self.size} processes: give a multiple "
-                "of that, or another number of processes"
-            )
-        return batch_size // self.size
+        return share_of(batch_size, self.size, name=name)
 
     def _group(self, name: str) -> dist.ProcessGroup | None:
         if self.mesh is None or self.mesh[name].size() == 1:
@@ -215,6 +210,20 @@ def memory_group_size(
             f"{', '.join(allowed)}"
         )
     return group
+
+
+def share_of(batch_size: int, processes: int, *, name: str) -> int:
+    """Rows of a batch that each of so many processes takes.
+
+    Raises:
+        ConfigError: they cannot be split evenly.
+    """
+    if batch_size % processes:
+        raise ConfigError(
+            f"{name} {batch_size} cannot be split over {processes} processes: give a multiple "
+            "of that, or another number of processes"
+        )
+    return batch_size // processes
 
 
 def _device(name: str, *, local: int, here: int) -> torch.device:
