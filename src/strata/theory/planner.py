@@ -144,6 +144,7 @@ def make_plan(
     profile: HardwareProfile | None = None,
     months: float | None = None,
     cached: float = 0.0,
+    costs: Costs | None = None,
 ) -> Plan:
     """Place references.
 
@@ -153,6 +154,7 @@ def make_plan(
         uses_n: how often each is read over the corpus' life; at least 0.
         budgets: what may be used.
         profile, months, cached: see `costs_of`.
+        costs: of each reference, (3, n), measured in some other way; they replace those.
 
     Raises:
         ConfigError: no references, uses below 0, a budget below 0, or a disk that does not hold
@@ -163,7 +165,10 @@ def make_plan(
         raise ConfigError("no references: nothing to place")
     if not (uses_n >= 0).all() or not np.isfinite(uses_n).all():
         raise ConfigError("numbers of uses must be 0 or more")
-    costs = costs_of(setting, tokens_n, text_bytes_n, profile=profile, months=months, cached=cached)
+    if costs is None:
+        costs = costs_of(
+            setting, tokens_n, text_bytes_n, profile=profile, months=months, cached=cached
+        )
     weigh = weights(setting, tokens_n, text_bytes_n)
     need_dmn = np.stack([weigh.disk_m, weigh.ram_m, flops(setting, tokens_n).write_m])
     text = FORMATS.index("text")
