@@ -74,7 +74,7 @@ def plan(
     """Place each reference of a corpus in parameters, explicit memory or text, under budgets.
 
     Costs are TFLOPs, with --profile seconds, with --months money. The plan's files go to `strata
-    bank add` and `strata data prepare`.
+    bank add` and `strata data prepare`. A profile's disk and memory are budgets too.
     """
     from rich.console import Console
 
@@ -93,13 +93,15 @@ def plan(
     if profile is None and (months is not None or cached):
         raise ConfigError("--months and --cached need --profile: make one with cost calibrate")
     check_out(out)
-    budgets = Budgets(
-        disk_bytes=parse_bytes("--budget-disk", budget_disk),
-        ram_bytes=parse_bytes("--budget-ram", budget_ram),
-        compute_tflops=budget_compute,
-    )
+    disk, ram = parse_bytes("--budget-disk", budget_disk), parse_bytes("--budget-ram", budget_ram)
+    if budget_compute is not None and not budget_compute >= 0:
+        raise ConfigError(f"--budget-compute {budget_compute}: give 0 or more")
     setting = make_setting(preset, model, bank, codec, set_)
     rates = None if profile is None else read_profile(profile)
+    if rates is not None:  # no plan holds more than the machine does
+        disk = min(rates.disk_bytes, rates.disk_bytes if disk is None else disk)
+        ram = min(rates.ram_bytes, rates.ram_bytes if ram is None else ram)
+    budgets = Budgets(disk_bytes=disk, ram_bytes=ram, compute_tflops=budget_compute)
     with Console(stderr=True).status("cutting the corpus") as status:
         references, tokens = _references(
             corpus, tokenizer or model, setting.memory.reference_tokens, text_field, id_field
