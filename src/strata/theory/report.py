@@ -70,6 +70,7 @@ def costs_tables(
     for costs in counted:
         table = Table(
             title=f"a reference of {setting.memory.reference_tokens} tokens, {costs.unit}",
+            title_justify="left",
             box=None,
             header_style="",
         )
@@ -89,23 +90,33 @@ def costs_tables(
         parts += [table, _sentence(costs)]
     if rates is not None:
         weigh, holds = weights(setting), room(setting, rates)
-        table = Table(title="bytes of a reference, and how many this machine holds")
+        table = Table(
+            title="bytes of a reference, and how many this machine holds",
+            title_justify="left",
+            box=None,
+            header_style="",
+        )
         for column in ("format", "disk", "memory", "room for"):
             table.add_column(column, justify="left" if column == "format" else "right")
         for m, name in enumerate(FORMATS):
             table.add_row(name, _bytes(weigh.disk_m[m]), _bytes(weigh.ram_m[m]),
                           f"{holds[name]:,.0f}")  # fmt: skip
         parts.append(table)
+        if rates.disk_cached:
+            parts.append("The profile's disk was read through the page cache: it may be slower.")
     return Group(*parts)
 
 
 def _sentence(costs: Costs) -> str:
     """Up to how many uses each format is cheapest."""
     steps = costs.envelope()
-    ends = [f" up to {at:,.0f}" if at >= 1000 else f" up to {at:,.3g}" for at, _ in steps[1:]]
-    names = {"text": "text", "explicit": "explicit memory", "parameters": "parameters"}
-    parts = [names[name] + end for (_, name), end in zip(steps, [*ends, ""], strict=True)]
-    return f"cheapest: {', then '.join(parts)}" + (" uses" if ends else ", for any number of uses")
+    ends = [f"{at:,.0f}" if at >= 1000 else f"{at:,.3g}" for at, _ in steps[1:]]
+    parts = [f"{name} up to {end} uses" for (_, name), end in zip(steps, ends, strict=False)]
+    return "cheapest: " + ", ".join([*parts, f"{steps[-1][1]} {_rest(parts)}"])
+
+
+def _rest(parts: Sequence[str]) -> str:
+    return "above" if parts else "for any number of uses"
 
 
 def _number(value: float) -> str:
