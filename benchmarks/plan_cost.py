@@ -6,8 +6,8 @@
 
 READER is a packed reader, or any decoder's folder; CORPUS holds references whose rows have an `id`;
 a question names by `source` the row that answers it. Questions are asked by Zipf's law, their ranks
-drawn by the seed. One such log says what to plan for (OUT/log.jsonl), another of the same law is
-asked, so that the plan never saw what it is measured by.
+drawn by the seed. One such log says what was read (OUT/log.jsonl, the references found for each
+question) and is planned for; another of the same law is asked, which the plan never saw.
 
 probe    a few references are encoded and a few questions asked in both formats: seconds and FLOPs
          to write a memory, and to read either
@@ -155,14 +155,15 @@ def run(options: argparse.Namespace) -> str:
     forecast, log = draw_logs(options, asked)
     bank = make_bank(options.out / "all", by_id, reader)
     timed = Asker(options, reader, bank.bank)
-    searched = search(options, by_id, [asked[one][1] for one in log])
-    hits = {one: hits_of(asked[one], searched, by_id, bank.bank, options) for one in set(log)}
+    searched = search(options, by_id, [asked[one][1] for one in (*forecast, *log)])
+    given = {one: given_ids(asked[one], searched) for one in {*forecast, *log}}
+    hits = {one: [h for name in given[one] for h in bank.bank.of_source(name)] for one in set(log)}
     probed = probe(options, timed, hits, asked, bank)
 
     setting = cost_setting(options, reader)
     tokens_n = [len(one) for one in Tokens(reader.tokenizer).ids([r.text for r in references])]
     costs = measured_costs(probed, setting, tokens_n, by=options.by)
-    rows = ({"source": asked[one][0]} for one in forecast)
+    rows = ({"used": [{"source": name} for name in given[one]]} for one in forecast)
     log_path = options.out / "log.jsonl"
     log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     named = [replace(one, source=name) for one, name in zip(references, ids, strict=True)]
@@ -334,16 +335,9 @@ def search(
     return found
 
 
-def hits_of(
-    one: tuple[str, Question],
-    searched: dict[str, Found],
-    by_id: dict[str, Reference],
-    bank: strata.Bank,
-    options: argparse.Namespace,
-) -> list[Hit]:
-    """What a question is given, as records of the bank of all memories."""
-    ids = [one[0]] if options.oracle else searched[one[1].prompt].ids
-    return [hit for name in ids for hit in bank.of_source(name)]
+def given_ids(one: tuple[str, Question], searched: dict[str, Found]) -> list[str]:
+    """What a question is given: what was found, or by the oracle the reference that answers."""
+    return searched[one[1].prompt].ids if searched else [one[0]]
 
 
 # ask
