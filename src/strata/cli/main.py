@@ -11,6 +11,9 @@ import typer
 from strata.cli.ask import ask, chat
 from strata.cli.bank import VERBS as BANK_VERBS
 from strata.cli.bench import bench_decode, bench_memory, bench_ops, bench_train
+from strata.cli.cost import calibrate as cost_calibrate
+from strata.cli.cost import cost
+from strata.cli.cost_plan import plan as cost_plan
 from strata.cli.data import prepare_data, references
 from strata.cli.eval import ModelOrVerb, evaluate
 from strata.cli.eval_memory import evaluate_memory
@@ -55,6 +58,12 @@ bank_app = typer.Typer(help="Documents as memories of one model.", no_args_is_he
 for name, verb in BANK_VERBS.items():
     bank_app.command(name)(verb)
 app.add_typer(bank_app, name="bank")
+
+cost_app = typer.Typer(help="What knowledge costs in each memory format, and where it belongs.")
+cost_app.callback(invoke_without_command=True)(cost)
+cost_app.command("calibrate")(cost_calibrate)
+cost_app.command("plan")(cost_plan)
+app.add_typer(cost_app, name="cost")
 
 data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=True)
 data_app.command("prepare")(prepare_data)
