@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +10,19 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("ray", reason="make test-ray installs it")
-pytest.importorskip("lance")
+for module in ("lance", "obstore", "moto"):
+    pytest.importorskip(module)
 
 
 @pytest.fixture(scope="session")
-def ray() -> Iterator[None]:
-    """Two cores of this machine, whose workers find what tests import."""
+def ray() -> Iterator[str]:
+    """Two workers on this machine, which find what tests import and a bucket; gives its URL."""
+    from s3_server import serving
     from strata.explicit.bank.ray_add import running
 
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    with running(2):
-        yield
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with serving() as url, running(2):
+        yield url

@@ -47,7 +47,7 @@ def until(happened: Callable[[], bool], *, for_s: float = 60.0) -> None:
 
 
 def test_articles_become_the_bank_that_one_process_makes(
-    ray: None, run: Run, tmp_path: Path, tiny_model: Path
+    ray: str, run: Run, tmp_path: Path, tiny_model: Path
 ) -> None:
     """Country articles through the command line: ids, texts, memory bytes and order are equal."""
     from strata.data.facts.factbook import load_articles
@@ -74,7 +74,7 @@ def test_articles_become_the_bank_that_one_process_makes(
     assert code == 0 and "0 documents as 0 references" in out and "12 there already" in out
 
 
-def test_changes_duplicates_and_empty_documents(ray: None, tmp_path: Path) -> None:
+def test_changes_duplicates_and_empty_documents(ray: str, tmp_path: Path) -> None:
     """One report and one content, however documents come and are cut into partitions."""
     first = [*documents(30), Doc("No end", "empty.txt")]
     moved = Doc("Stone 3 lies nowhere.", "stones/3.txt")
@@ -99,7 +99,7 @@ def test_changes_duplicates_and_empty_documents(ray: None, tmp_path: Path) -> No
         assert {i.source for i in two.ls()} == {i.source for i in one.ls()}
 
 
-def test_a_killed_worker_changes_nothing(ray: None, tmp_path: Path, whole: Bank) -> None:
+def test_a_killed_worker_changes_nothing(ray: str, tmp_path: Path, whole: Bank) -> None:
     bank = create(tmp_path / "bank")
     pids, killed = tmp_path / "pids", []
 
@@ -124,7 +124,7 @@ def test_a_killed_worker_changes_nothing(ray: None, tmp_path: Path, whole: Bank)
     assert bank.digest() == whole.digest()
 
 
-def test_a_killed_driver_is_gone_on_with(ray: None, tmp_path: Path, whole: Bank) -> None:
+def test_a_killed_driver_is_gone_on_with(ray: str, tmp_path: Path, whole: Bank) -> None:
     bank = create(tmp_path / "bank")
     script = [sys.executable, str(Path(ray_bank.__file__)), str(bank.path), str(COUNT), "0.2"]
     process = subprocess.Popen(script)
@@ -140,7 +140,15 @@ def test_a_killed_driver_is_gone_on_with(ray: None, tmp_path: Path, whole: Bank)
     assert again.verify().faults == ()
 
 
-def test_what_a_worker_refuses_is_one_line(ray: None, tmp_path: Path) -> None:
+def test_workers_write_to_an_object_store(ray: str, whole: Bank) -> None:
+    bank = create(f"{ray}/written/by/workers")
+    assert ray_bank.add(bank, documents(COUNT)).references == len(whole)
+    again = Bank.open(bank.path)
+    assert ids(again) == ids(whole) and again.digest() == whole.digest()
+    assert again.verify().faults == ()
+
+
+def test_what_a_worker_refuses_is_one_line(ray: str, tmp_path: Path) -> None:
     bank = create(tmp_path / "bank")
     with pytest.raises(BankError, match=r"^text of 2,000,001 bytes from 'long.txt': at most"):
         ray_bank.add(bank, [*documents(3), Doc("a" * 2_000_000 + ".", "long.txt")])

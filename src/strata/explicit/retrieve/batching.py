@@ -14,8 +14,8 @@ from strata.explicit.retrieve.base import Retriever, distinct_queries
 class BatchingRetriever:
     """A retriever for threads that answer at the same time: they embed and search together.
 
-    One search runs at a time, and who asks meanwhile is asked for in the next one, all at once. So a
-    lone thread never waits, and many share the embedder's batches instead of queueing for it.
+    One search runs at a time, and who asks meanwhile is asked for in the next one, all at once. So
+    a lone thread never waits, and many share the embedder's batches instead of queueing for it.
     Threads find what they would have found alone, to the rounding of the embedder's batches.
 
     Args:
