@@ -93,9 +93,7 @@ def main() -> None:
         top = Path(temporary)
         make_model(top / "model", [text for _, text in given], options.width)
         model, tokenizer = opened(top / "model")
-        print(
-            "| | references | first commit after s | references/s from there |\n|---|---:|---:|---:|"
-        )
+        print("| | references | first commit, s | references/s from there |\n|---|---:|---:|---:|")
         digests = set()
 
         def row(name: str, bank: Bank, add: Callable[..., Any]) -> None:

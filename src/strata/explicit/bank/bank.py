@@ -58,7 +58,7 @@ class Bank:
     def __init__(
         self, path: str | Path, given: BankSettings, codec: Codec | None, store: Store
     ) -> None:
-        self.path: Any = path_of(path)
+        self.path = path_of(path)
         self.settings, self.codec = given, codec
         self.index_rows = search.INDEX_ROWS
         self._store = store

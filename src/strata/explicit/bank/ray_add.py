@@ -35,7 +35,8 @@ from strata.explicit.extras import require
 PARTITION_CHARACTERS = 4 * 2**20  # some 8,000 references of 128 tokens, a few hundred MB of memory
 _FIRST_CHARACTERS = 16 * 2**10
 _PARTITION_DOCUMENTS = 65_536
-_WAVE_CHARACTERS = 2**31  # held by Ray at once, on disk where its memory ends
+# Of each worker, held by this process and by Ray at once; a worker opens its model once a wave.
+_WAVE_CHARACTERS = 2**27
 
 
 class RayAdder:
@@ -109,7 +110,7 @@ class RayAdder:
                 sources.clear()
                 if len(wave) % self._num_workers == 0:  # small at first: work for all of them
                     most = min(2 * most, self._partition_characters)
-                if in_wave >= _WAVE_CHARACTERS:
+                if in_wave >= self._num_workers * _WAVE_CHARACTERS:
                     yield wave
                     wave, in_wave = [], 0
             if change.is_stored:
@@ -146,12 +147,15 @@ class RayAdder:
         """Partitions by their numbers, as they become ready."""
         ray = require("ray", extra="ray", purpose="the engine ray")
         require("ray.data", extra="ray", purpose="the engine ray")
-        made = ray.data.from_arrow(tables).map_batches(
+        num_workers = min(self._num_workers, len(tables))
+        given = ray.data.from_arrow(tables)
+        tables.clear()  # Ray has them
+        made = given.map_batches(
             PartitionWriter,
             fn_constructor_args=(self._store.files.place, self._open_means, self._batch_size),
             batch_size=1,  # a row is a partition
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(self._num_workers, len(tables))),
+            compute=ray.data.ActorPoolStrategy(size=num_workers),
             num_cpus=1,
             num_gpus=self._gpus_per_worker,
         )
