@@ -72,7 +72,7 @@ def test_a_bank_on_s3_is_the_bank_in_a_folder(url: str, tmp_path: Path) -> None:
     assert again.blobs(ids) == here.blobs(ids) and len(ids) == 3
     assert again.load(ids).keys_nstd.equal(here.load(ids).keys_nstd)
     assert again.verify().faults == () and again.stats().disk_bytes > 0
-    assert tiny_bank.add(again, given).unchanged >= 39
+    assert tiny_bank.add(again, given).unchanged == 38  # 7 is back, 3 changes twice
     assert again.export(tmp_path / "plain") == len(here)
     copied = Bank.import_(tmp_path / "plain", f"{url}-again")
     assert copied.digest() == here.digest()
@@ -176,11 +176,11 @@ def test_a_writer_that_slept_cannot_commit(
     url: str, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lock was taken over meanwhile; what it had not committed it does not commit."""
-    sleeper = create(url)
+    sleeper, keep = create(url), lease.Lease._keep
 
     def asleep() -> Iterator[Doc]:
         yield from documents(3)
-        monkeypatch.undo()
+        monkeypatch.setattr(lease.Lease, "_keep", keep)
         tiny_bank.add(reopen(url), documents(6))  # after a second without a sign of life
 
     monkeypatch.setattr(lease.Lease, "_keep", lambda held: None)
