@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray", reason="make test-ray installs it")
-for module in ("lance", "obstore", "moto"):
-    pytest.importorskip(module)
-
 
 @pytest.fixture(scope="session")
 def ray() -> Iterator[str]:
     """Two workers on this machine, which find what tests import and a bucket; gives its URL."""
+    pytest.importorskip("ray", reason="make test-ray installs it")
     from s3_server import serving
     from strata.explicit.bank.ray_add import running
 
