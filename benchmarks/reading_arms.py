@@ -26,7 +26,7 @@ SHAPES = {
     "memory/level3": (8, 512),
 }
 DENSE = {"selector": "all"}
-PAPER = {"selector": "attention", "tokens_per_head": 8}
+KEEPS = {"selector": "expected", "tokens_per_head": 64}  # as the reader's memory1
 
 # Stages. The level of each part by arm; the rate and its last share by part, the same for all.
 T1, T2, T4 = "text/level1", "text/level2", "text/level4"
@@ -40,22 +40,17 @@ RATES = ((1e-3, 0.5), (1e-3, 0.5), (7e-4, 0.5), (5e-4, 0.5), (5e-4, 0.5), (5e-4,
 ROWS_OF_STAGES = {"text": T4, "memory": M3}
 
 # Ablations. Arms by name: keys of `strata reader train`, or `data.` and a key of `strata reader
-# data`; all others are the paper's choices, but for the layers, which are the last half, as the
-# reader's. Arms that come to the same are run once.
+# data`; all others are the reader's choices. Arms that come to the same are run once.
 SELECTOR, KEPT = "stages.arm.selector", "stages.arm.tokens_per_head"
 LAYERS, REACH = "common.reading.memory.layers", "common.reading.reach"
 MARKER, POSITIONS = "common.reading.memory.marker", "common.reading.memory.positions"
 DETACH, QUERY, WAYS = "common.reading.detach", "common.reading.query", "probe.ways"
 CHUNK, BACK = "data.chunk_tokens", "data.reach"
+FEW = 32  # tokens a head, so that it matters which
 ASKED = ["none", "text_5", "memory_1", "memory_5"]
 ABLATIONS: dict[str, dict[str, Keys]] = {
     "tokens_per_head": {
-        "1": {SELECTOR: "attention", KEPT: 1},
-        "2": {SELECTOR: "attention", KEPT: 2},
-        "4": {SELECTOR: "attention", KEPT: 4},
-        "8": {SELECTOR: "attention", KEPT: 8},
-        "16": {SELECTOR: "attention", KEPT: 16},
-        "32": {SELECTOR: "attention", KEPT: 32},
+        **{str(kept): {SELECTOR: "expected", KEPT: kept} for kept in (1, 2, 4, 8, 16, 32, 64)},
         "all": {SELECTOR: "all"},
     },
     # Of a depth that the model says.
@@ -64,6 +59,7 @@ ABLATIONS: dict[str, dict[str, Keys]] = {
         "middle_half": {LAYERS: "middle"},
         "last_half": {LAYERS: "last"},
         "all": {LAYERS: "all"},
+        "last": {LAYERS: "top"},
     },
     "references": {
         "1": {REACH: 1},
@@ -98,11 +94,10 @@ ABLATIONS: dict[str, dict[str, Keys]] = {
         "previous_chunk": {QUERY: "previous"},
     },
     "selectors": {
-        "attention": {SELECTOR: "attention"},
-        "key_norm": {SELECTOR: "key_norm"},
-        "reconstruction": {SELECTOR: "reconstruction"},
-        "expected": {SELECTOR: "expected"},
-        "random": {SELECTOR: "random"},
+        **{
+            name: {SELECTOR: name, KEPT: FEW}
+            for name in ("attention", "key_norm", "reconstruction", "expected", "random")
+        },
         "all": {SELECTOR: "all"},
     },
 }
@@ -177,11 +172,10 @@ def stage_arms(*, tokens: int, overrides: Sequence[str] = ()) -> list[Arm]:
             kept = DENSE if level.startswith("memory/") else {}
             tree["stages"][f"part{number}"] = stage(level, steps, lr=lr, min_ratio=ratio) | kept
         memory = tree["common"]["reading"]["memory"]
-        del memory["layers"]  # of the reader's own depth
         for override in overrides:
             apply_override(tree, override)
         depth = tree["model"]["host"]["num_hidden_layers"]
-        memory.setdefault("layers", half_of_layers("last", depth))
+        memory.setdefault("layers", some_layers("last", depth))
         # What an arm without memories is asked with, too.
         tree["probe"]["memory"] = memory | DENSE | (tree["probe"].get("memory") or {})
         arms.append(Arm(name, name, tree, {}))
@@ -220,9 +214,9 @@ def ablation_arms(
             "memory": None,
             "common": copy.deepcopy(own.common),
             "probe": own.probe.model_dump(mode="json") | {"every": None, "ways": ASKED},
-            "stages": {"arm": stage(level, steps, lr=lr, min_ratio=0.1) | PAPER},
+            "stages": {"arm": stage(level, steps, lr=lr, min_ratio=0.1) | KEEPS},
         }
-        tree["common"]["reading"]["memory"]["layers"] = half_of_layers("last", num_layers)
+        tree["common"]["reading"]["memory"]["layers"] = some_layers("top", num_layers)
         for override in overrides:
             apply_override(tree, override)
         texts = {}
@@ -231,7 +225,7 @@ def ablation_arms(
                 texts[key.removeprefix("data.")] = value
                 continue
             if key == LAYERS:
-                value = half_of_layers(value, num_layers)
+                value = some_layers(value, num_layers)
             apply_override(tree, f"{key}={json.dumps(value)}")
         texts = {key: value for key, value in texts.items() if made_with.get(key) != value}
         arm = Arm(name, name.replace("/", "-"), tree, texts)
@@ -253,13 +247,16 @@ def _comes_to(arm: Arm) -> str:
     return json.dumps([recipe, config.probe.asked, dict(arm.data_keys)], sort_keys=True)
 
 
-def half_of_layers(which: str, num_layers: int) -> list[int] | None:
-    """Layers of a half, as many as the first one has, or all; None for the first, the default."""
+def some_layers(which: str, num_layers: int) -> list[int] | None:
+    """Layers of a half, as many as the first one has, the top one, or all; None for the first.
+
+    None is the default of `ExplicitMemoryConfig`.
+    """
     if which == "first":
         return None
-    count = num_layers if which == "all" else (num_layers + 1) // 2
-    left = num_layers - count
-    first = {"all": 0, "middle": left // 2, "last": left}[which]
+    half = (num_layers + 1) // 2
+    count = {"all": num_layers, "top": 1}.get(which, half)
+    first = (num_layers - count) // 2 if which == "middle" else num_layers - count
     return list(range(first, first + count))
 
 

@@ -44,10 +44,10 @@ COMMON = (
 ABLATION = ("--steps", "2", "--rows", "4", *COMMON, "stages.arm.batch_size=2")
 # The choices of the reader: what an arm of every ablation comes to.
 OWN = {
-    "base", "tokens_per_head/8", "layers/last_half", "references/5", "interval/64",
+    "base", "tokens_per_head/64", "layers/last", "references/5", "interval/64",
     "positions/parallel", "marker/reference", "gradient/through_encoding", "query/own_chunk",
-    "selectors/attention",
 }  # fmt: skip
+KEPT = (1, 2, 4, 8, 16, 32, 64)
 
 Main = Callable[..., tuple[int, str, str]]
 
@@ -128,6 +128,7 @@ def test_every_arm_is_accepted_and_changes_something(modules: Any, data: Path) -
     assert {arm.name for arm in arms if arm.folder == "base"} == OWN
     shared = {arm.name: arm.folder for arm in arms if arm.folder != arm.name.replace("/", "-")}
     assert shared.pop("selectors/all") == "tokens_per_head-all"
+    assert shared.pop("selectors/expected") == "tokens_per_head-32"
     assert shared.keys() == OWN - {"base"}
     assert modules.arms.ABLATIONS["selectors"].keys() == SELECTORS.keys()
 
@@ -138,15 +139,16 @@ def test_arms_are_what_they_are_called(modules: Any) -> None:
     def reading(name: str) -> Any:
         return plan_stages(arms[name].config(0), data=Path("d"), out=Path("o"))[0].recipe.reading
 
-    kept = [reading(f"tokens_per_head/{n}").memory for n in (1, 2, 4, 8, 16, 32)]
-    assert [(m.selector, m.tokens_per_head) for m in kept] == [
-        ("attention", n) for n in (1, 2, 4, 8, 16, 32)
-    ]
+    kept = [reading(f"tokens_per_head/{n}").memory for n in KEPT]
+    assert [(m.selector, m.tokens_per_head) for m in kept] == [("expected", n) for n in KEPT]
+    few = {name: reading(f"selectors/{name}").memory for name in SELECTORS if name != "all"}
+    assert {m.tokens_per_head for m in few.values()} == {modules.arms.FEW}
+    assert all(m.selector == name for name, m in few.items())
     layers = {name: reading(f"layers/{name}").memory.layers for name in
-              ("first_half", "middle_half", "last_half", "all")}  # fmt: skip
+              ("first_half", "middle_half", "last_half", "all", "last")}  # fmt: skip
     assert layers == {
         "first_half": None, "middle_half": (1, 2, 3), "last_half": (3, 4, 5),
-        "all": (0, 1, 2, 3, 4, 5),
+        "all": (0, 1, 2, 3, 4, 5), "last": (5,),
     }  # fmt: skip
     for number in (1, 2, 3, 5, 10):
         arm = f"references/{number}"
@@ -159,13 +161,13 @@ def test_arms_are_what_they_are_called(modules: Any) -> None:
     assert reading("positions/sequential").memory.positions == "sequential"
     assert [reading(f"marker/{n}").memory.marker for n in ("beginning_only", "none")] == ["<s>", ""]
     assert reading("gradient/detached").detach and reading("query/previous_chunk").query != "own"
-    assert modules.arms.half_of_layers("last", 5) == [2, 3, 4]
+    assert modules.arms.some_layers("last", 5) == [2, 3, 4]
 
 
 def test_overrides_reach_all_arms_and_an_arm_s_own_win(modules: Any) -> None:
     given = ("stages.arm.selector=all", "common.run.precision=bf16")
     arms = {arm.name: arm for arm in arms_of(modules, overrides=given)}
-    for name, selector in (("layers/all", "all"), ("tokens_per_head/8", "attention")):
+    for name, selector in (("layers/all", "all"), ("tokens_per_head/8", "expected")):
         (stage,) = plan_stages(arms[name].config(0), data=Path("d"), out=Path("o"))
         assert stage.memory is not None and stage.memory.selector == selector
         assert stage.recipe.run.precision == "bf16"

@@ -132,12 +132,14 @@ def test_codes_are_those_of_faiss_and_decode_as_it_decodes_them(name: str) -> No
             loose[:, 1] &= 15
             own = codec._decode_vectors(torch.from_numpy(loose), ("keys", "values")[at])
             np.testing.assert_allclose(own.numpy(), index.sa_decode(loose), atol=1e-5)
-        given = (fresh.keys_nstd, fresh.values_nstd)[at][~empty.expand(7, 3, 4)]
+        kind = ("keys", "values")[at]
+        given = codec._to_code((fresh.keys_nstd, fresh.values_nstd)[at], kind)
+        given = given[~empty.expand(7, 3, 4)]
         same = torch.from_numpy(codes[:, :, at].copy())[~empty.expand(7, 3, 4)]
         # Of two entries that are equally near, up to rounding, either may be taken.
         assert (same.numpy() == index.sa_encode(given.numpy())).all(1).mean() > 0.99
         want = torch.from_numpy(index.sa_decode(flat)).reshape(got.shape)
-        want = want.masked_fill(empty[..., None], 0)
+        want = codec._from_code(want, kind).masked_fill(empty[..., None], 0)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -154,6 +156,39 @@ def test_keys_and_values_have_codebooks_of_their_own() -> None:
         (back.values_nstd, memories.values_nstd),
     ):
         assert (got - want).norm() < 0.8 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["OPQ4_16,Residual2x6,PQ4x5", "PQ4x6"])
+def test_heads_far_apart_are_coded_as_well_as_heads_alike(name: str) -> None:
+    """One quantizer for all heads would spend its entries on the widest of them."""
+    alike, fresh = make_memories(SHAPE, 60), make_memories(SHAPE, 20, seed=1)
+    scale_s11 = torch.tensor([1.0, 0.01, 30.0])[:, None, None]
+    shift_s1d = torch.randn(3, 1, SHAPE.head_dim, generator=torch.Generator().manual_seed(2))
+
+    def apart(memories: Memories) -> Memories:
+        keys_nstd = (memories.keys_nstd + 5 * shift_s1d) * scale_s11
+        return Memories(keys_nstd, memories.values_nstd, memories.places_nst, memories.kept_n)
+
+    filled_nt = torch.arange(SHAPE.tokens) < fresh.kept_n[:, None]
+    errors = []
+    for change in (lambda memories: memories, apart):
+        codec = make_codec(name, SHAPE)
+        codec.train(change(alike), iterations=4)
+        got, want = codec.decode(codec.encode(change(fresh))), change(fresh)
+        lost = (got.keys_nstd - want.keys_nstd).transpose(1, 2)[filled_nt]
+        spread = want.keys_nstd.transpose(1, 2)[filled_nt]
+        errors.append(lost.square().mean((0, 2)) / spread.var(0).mean(1))
+    torch.testing.assert_close(errors[1], errors[0], rtol=0.05, atol=0.0)
+
+
+def test_what_never_changes_is_kept_as_it_is() -> None:
+    memories = make_memories(SHAPE, 60)
+    memories.keys_nstd[:, 1] = 3.0
+    codec = make_codec("PQ4x6", SHAPE)
+    codec.train(memories, iterations=4)
+    back = codec.decode(codec.encode(memories[:5]))
+    filled_nt = torch.arange(SHAPE.tokens) < memories.kept_n[:5, None]
+    assert (back.keys_nstd[:, 1][filled_nt] - 3.0).abs().max() < 1e-5
 
 
 @pytest.mark.slow

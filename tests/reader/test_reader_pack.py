@@ -89,6 +89,7 @@ def test_the_folder_opens_and_says_what_it_is(data: Path, taught: Path, tmp_path
         "memory/level1/references/manifest.json", "eval/test/questions.jsonl",
     }  # fmt: skip
     assert {name: sha256(data / name) for name in sums} == sums
+    assert sha256(out / "made_from.yaml") == sums["made_from.yaml"]
     stages = yaml.safe_load((out / "stages.yaml").read_text(encoding="utf-8"))
     assert stages["stages"]["memory2"]["tokens_per_head"] == 4
     assert "threads" not in stages["common"]["run"]

@@ -29,6 +29,7 @@ from strata.reader import train as train_module
 from strata.reader.curves import Look, read_looks
 from strata.reader.data import make_data, read_settings
 from strata.reader.exam import examine
+from strata.reader.layers import ask_layers, best_layer
 from strata.reader.probe import Probe
 from strata.reader.stages import (
     ProbeConfig,
@@ -54,7 +55,7 @@ SMALL = (
     "model.host.num_key_value_heads=2", "model.host.initializer_range=0.3",
     "probe.questions=7", "probe.references=3", "probe.answer_tokens=4", "probe.batch_size=3",
     "probe.every=2", "common.run.validate_batches=1", "common.run.checkpoint_every=3",
-    "common.run.threads=1", "common.run.precision=fp32", "common.reading.memory.layers=null",
+    "common.run.threads=1", "common.run.precision=fp32", "find_layer=false",
     "stages.text2.steps=0", "stages.text3.steps=0", "stages.text4.steps=0",
     "stages.text1.steps=4", "stages.memory1.steps=5", "stages.memory1.level=memory/level1",
     "stages.memory1.sequence_tokens=128", "stages.memory1.selector=all",
@@ -347,6 +348,7 @@ def test_other_data_are_refused(data: Path, taught: Path, tmp_path: Path) -> Non
         ("stages.know.level=know/level1", "stages.know.level"),
         ("memory={layers: [0]}", "the first model's and stages.know both install memory layers"),
         ("common.optim={value_lr: 0.1}", "common.optim.value_lr: each stage has its own"),
+        ("find_layer={}", "find_layer"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(
@@ -387,6 +389,74 @@ def know_layers(config: ReaderTraining) -> tuple[int, ...]:
     memory = config.stages["know"].memory
     assert memory is not None and memory.placement == "beside"
     return memory.layers
+
+
+# Where memories stand
+
+FINDING = ("find_layer=true", "stages.text1.steps=2", "stages.memory1.steps=2",
+           "stages.memory2.steps=0", "stages.know.steps=0", "probe.every=1")  # fmt: skip
+
+
+def stands_in(out: Path) -> tuple[int, ...] | None:
+    reading = load_config(Recipe, out / "02-memory1" / "recipe.yaml").reading
+    assert reading is not None
+    return reading.memory.layers
+
+
+def test_memories_stand_in_the_layer_that_answers_best(data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    teach(data, tmp_path, *FINDING, say=said.append)
+    found = json.loads((tmp_path / "layer.json").read_text(encoding="utf-8"))
+    model, tokenizer = load(tmp_path / "01-text1" / "model")
+    config = ProbeConfig(questions=7, references=3, answer_tokens=4, ways=("memory_1", "memory_3"))
+    memory = ExplicitMemoryConfig(reference_tokens=128, tokens_per_head=1)
+    shares = ask_layers(model, tokenizer, Probe(data / "eval" / "val", config), memory)
+    assert found["exact"] == {str(layer): by for layer, by in shares.items()}
+    assert stands_in(tmp_path) == (found["layer"],) == (best_layer(shares),)
+    assert any(line.startswith(f"memories stand in layer {found['layer']}: ") for line in said)
+    # Before it is known nothing is read from memories.
+    assert [set(look.exact) == set(WAYS) for look in read_looks(tmp_path)] == [False] * 2 + [
+        True
+    ] * 2
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_layer_is_found_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    times, looks, answer = [], [], Probe.ask
+
+    def ask(*given: object) -> dict[int, dict[str, float]]:
+        times.append(given)
+        return {0: {"memory_1": 0.4, "memory_3": 0.2}, 1: {"memory_1": layer, "memory_3": 0.0}}
+
+    def stop_in_memory1(self: Probe, *given: Any) -> Any:
+        looks.append(given)
+        if len(looks) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(self, *given)
+
+    monkeypatch.setattr(train_module, "ask_layers", ask)
+    monkeypatch.setattr(Probe, "ask", stop_in_memory1)
+    assert teach(data, tmp_path, *FINDING).stopped_by == "SIGTERM"
+    assert stands_in(tmp_path) == (layer,) and len(times) == 1
+    assert teach(data, tmp_path, *FINDING).stopped_by is None
+    assert stands_in(tmp_path) == (layer,) and len(times) == 1
+    (tmp_path / "layer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"layer\.json is damaged: delete it"):
+        teach(data, tmp_path, *FINDING)
+
+
+def test_layers_that_are_given_are_not_found(data: Path, tmp_path: Path) -> None:
+    teach(data, tmp_path, *FINDING, "common.reading.memory.layers=[1]")
+    assert stands_in(tmp_path) == (1,) and not (tmp_path / "layer.json").exists()
+    with pytest.raises(ConfigError, match="find_layer: the first stage reads memories already"):
+        read_stages(None, [*SMALL, *FINDING, "stages.text1.steps=0"])
+
+
+def test_of_equal_layers_the_lowest_is_taken() -> None:
+    equal = {layer: {"memory_1": share} for layer, share in ((3, 0.5), (4, 0.5), (1, 0.2))}
+    assert best_layer(equal) == 3
 
 
 # What is asked

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strata.cli.allocator import keep_freed_memory
 from strata.errors import ConfigError
 
 
@@ -77,6 +78,7 @@ def bench_train(
     if rounds < 1:
         raise ConfigError(f"--rounds {rounds} is not allowed: give 1 or more")
     target = pick_device(device)
+    keep_freed_memory()
     with Console(stderr=True).status("starting") as status:
         result = run(
             device=target,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from strata.cli.allocator import keep_freed_memory
+
 
 def quickstart(
     overrides: Annotated[
@@ -30,4 +32,5 @@ def quickstart(
     """
     from strata.quickstart.run import quickstart as run
 
+    keep_freed_memory()
     run(out, overrides=overrides or (), reader=reader)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from strata.cli.allocator import keep_freed_memory
 from strata.errors import GO_ON, ConfigError
 
 
@@ -75,6 +76,7 @@ def train(
 
     if for_minutes is not None and not 0 < for_minutes < float("inf"):
         raise ConfigError(f"--for-minutes {for_minutes}: give more than 0")
+    keep_freed_memory()
     result = train_reader(
         data,
         out=out,

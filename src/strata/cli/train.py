@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from strata.cli.allocator import keep_freed_memory
 from strata.errors import GO_ON
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def _train(recipe: Recipe, *, fresh: bool, as_json: bool) -> None:
 
     from strata.train import train as run_training
 
+    keep_freed_memory()
     try:
         result = run_training(recipe, fresh=fresh, progress=not as_json)
     except torch.OutOfMemoryError:

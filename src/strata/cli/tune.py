@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from strata.cli.allocator import keep_freed_memory
+
 if TYPE_CHECKING:
     from strata.train.tune import TuneResult
 
@@ -43,6 +45,7 @@ def sft(
     from strata.train.tune import sft as run
 
     resolved = load_config(SFTRecipe, recipe, _with_bank(overrides, bank))
+    keep_freed_memory()
     _report(run(resolved, fresh=fresh, progress=not as_json), as_json=as_json)
 
 
@@ -63,6 +66,7 @@ def dpo(
     from strata.train.tune import dpo as run
 
     resolved = load_config(DPORecipe, recipe, _with_bank(overrides, bank))
+    keep_freed_memory()
     _report(run(resolved, fresh=fresh, progress=not as_json), as_json=as_json)
 
 

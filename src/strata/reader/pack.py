@@ -3,6 +3,7 @@
 OUT/model.safetensors, ...   the model in bf16 and its tokenizer, as `strata.models.load` opens them
 OUT/reader.json              what it was taught and with which data, how it reads, what it can
 OUT/stages.yaml              the settings it was taught by
+OUT/made_from.yaml           the settings and sources of the data
 OUT/curves.png               what it could meanwhile
 OUT/README.md                the same for people
 """
@@ -114,6 +115,8 @@ def pack_reader(run: Path, *, data: Path, out: Path, stage: str | None = None) -
         (unfinished / CARD_NAME).write_text(text + "\n", encoding="utf-8")
         (unfinished / STAGES_NAME).write_text(dump_yaml(_portable(config)), encoding="utf-8")
         (unfinished / "README.md").write_text(_readme(card), encoding="utf-8")
+        if (data / ORIGIN_NAME).is_file():
+            shutil.copyfile(data / ORIGIN_NAME, unfinished / ORIGIN_NAME)
         if looks:
             save_curves(looks, unfinished / PICTURE_NAME)
         num_bytes = sum(path.stat().st_size for path in unfinished.rglob("*"))
@@ -198,7 +201,8 @@ def _readme(card: Mapping[str, Any]) -> str:
         f"A decoder of {card['parameters'] / 1e6:.1f}M parameters (bf16) that was taught, on "
         f"{card['tokens_read'] / 1e6:.0f}M tokens, to answer from references: as text before the "
         "question, and as explicit memories. Made by `strata reader pack` after `strata reader "
-        "train` with `stages.yaml`; `reader.json` names the data by their sha256. Open it with "
+        "train` with `stages.yaml` on the data of `strata reader data`, whose sources and settings "
+        "are in `made_from.yaml`; `reader.json` names the data by their sha256. Open it with "
         "`strata.models.load`, ask it with `strata ask`.",
         "",
         f"Answered exactly, of {card['num_questions']} held-out questions, by these weights; "

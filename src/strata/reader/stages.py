@@ -18,6 +18,7 @@ from strata.config import FrozenConfig, load_config, validate
 from strata.explicit.settings import ExplicitMemoryConfig
 from strata.layers import MemoryLayerConfig
 from strata.models import ModelConfig
+from strata.reader.layers import read_layer
 from strata.train import Recipe
 
 # Keys of a recipe that are each stage's own, or known from the folders.
@@ -123,6 +124,9 @@ class ReaderTraining(FrozenConfig):
         common: what the stages' recipes share: keys of a recipe as in `recipes/`, but those that a
             stage says itself.
         probe: what is asked meanwhile.
+        find_layer: memories stand in the one layer that answers best with them, which is found once
+            the stages before the first memory stage are done (`layers`); nothing is found where
+            common.reading.memory.layers says which.
         stages: by name, in order.
     """
 
@@ -130,17 +134,20 @@ class ReaderTraining(FrozenConfig):
     memory: MemoryLayerConfig | None = None
     common: dict[str, Any] = Field(default_factory=dict)
     probe: ProbeConfig = Field(default_factory=ProbeConfig)
+    find_layer: bool = False
     stages: dict[Name, Stage]
+
+    @property
+    def finds_layer(self) -> bool:
+        """Whether the memory layer is to be found."""
+        return self.find_layer and self._common("reading.memory.layers") in (None, ...)
 
     @model_validator(mode="after")
     def _check(self) -> ReaderTraining:
         if not any(stage.steps for stage in self.stages.values()):
             raise ValueError("no stage has steps: give at least one")
         for key in _OF_STAGES:
-            node: Any = self.common
-            for part in key.split("."):
-                node = node.get(part, ...) if isinstance(node, Mapping) else ...
-            if node is not ...:
+            if self._common(key) is not ...:
                 raise ValueError(f"common.{key}: each stage has its own, or it follows; drop it")
         bringing = [f"stages.{name}" for name, stage in self.stages.items() if _brings(stage)]
         bringing = ["the first model's", *bringing] if self.memory is not None else bringing
@@ -157,7 +164,20 @@ class ReaderTraining(FrozenConfig):
                     f"model.host.max_position_embeddings {positions}: lower the first or raise "
                     "the second"
                 )
+        taught = [stage for stage in self.stages.values() if stage.steps]
+        if self.finds_layer and taught[0].reads_memories:
+            raise ValueError(
+                "find_layer: the first stage reads memories already, and what has learnt nothing "
+                "looks nothing up: give common.reading.memory.layers, or drop find_layer"
+            )
         return self
+
+    def _common(self, key: str) -> Any:
+        """What `common` says of a key with dots; an ellipsis for nothing."""
+        node: Any = self.common
+        for part in key.split("."):
+            node = node.get(part, ...) if isinstance(node, Mapping) else ...
+        return node
 
 
 def _brings(stage: Stage) -> bool:
@@ -216,6 +236,8 @@ def read_stages(path: Path | None = None, overrides: Sequence[str] = ()) -> Read
 def plan_stages(config: ReaderTraining, *, data: Path, out: Path) -> list[Planned]:
     """The runs of all stages that have steps, in order.
 
+    Until the memory layer is found, where it is to be, memories stand where they do by default.
+
     Args:
         config: what is taught.
         data: a folder of `strata reader data`.
@@ -224,6 +246,11 @@ def plan_stages(config: ReaderTraining, *, data: Path, out: Path) -> list[Planne
     Raises:
         ConfigError: a recipe that no run can follow; the line names the stage and the key.
     """
+    if config.finds_layer:
+        layer = read_layer(out)
+        memory = {"layers": None if layer is None else [layer]}
+        common = dict(_merged(config.common, {"reading": {"memory": memory}}))
+        config = config.model_copy(update={"common": common})
     planned: list[Planned] = []
     tokens = 0
     for name, stage in config.stages.items():

@@ -4,6 +4,7 @@ RUN/stages.yaml       the settings of the newest start
 RUN/01-NAME/, ...     a training run each, as `strata train` writes it
 RUN/probes.jsonl      what was asked meanwhile, see curves.py
 RUN/curves.png        the same as a picture
+RUN/layer.json        where memories stand, if that was to be found, see layers.py
 RUN/data.json         sha256 of the tokenizer and questions that all stages share
 
 A finished stage is skipped, a begun one goes on from its newest checkpoint.
@@ -30,6 +31,7 @@ from strata.explicit.encode import Encoder
 from strata.explicit.host import Host
 from strata.models import build, install, load
 from strata.reader.curves import PICTURE_NAME, Look, add_look, read_looks, save_curves
+from strata.reader.layers import ask_layers, read_layer, write_layer
 from strata.reader.probe import Probe
 from strata.reader.stages import Planned, ProbeConfig, ReaderTraining, memory_of, plan_stages
 from strata.train import Recipe, StepEvent, train
@@ -40,6 +42,7 @@ from strata.train.run import require_one_process
 
 STAGES_NAME = "stages.yaml"
 DATA_NAME = "data.json"
+_LAYER_QUESTIONS = 100
 _SHARED = (
     "tokenizer/tokenizer.json",
     "eval/val/questions.jsonl",
@@ -113,7 +116,13 @@ def train_reader(
         (out / STAGES_NAME).write_text(dump_yaml(config), encoding="utf-8")
 
     reader = _Reader(plan, out, probe, tokenizer, config.probe, say, measure)
-    for stage in plan:
+    reader.layer_known = not config.finds_layer or read_layer(out) is not None
+    for number in range(len(plan)):
+        if not reader.layer_known and plan[number].memory is not None:
+            _find_layer(config, plan[number], data=data, out=out, say=say)
+            plan = reader.plan = plan_stages(config, data=data, out=out)
+            reader.layer_known = True
+        stage = plan[number]
         if not stage.finished:
             left_s = None if for_s is None else max(0.0, for_s - (time.monotonic() - begin_s))
             say(f"stage {stage.number}/{len(plan)}, {stage.name}: {_described(stage)}")
@@ -126,8 +135,27 @@ def train_reader(
     return reader.result(plan[-1], plan[-1].recipe.run.steps, stopped_by=None)
 
 
+def _find_layer(config: ReaderTraining, stage: Planned, *, data: Path, out: Path, say: Say) -> None:
+    """Find where the model that a stage begins with looks answers up."""
+    assert stage.memory is not None
+    ways = ("memory_1", f"memory_{config.probe.references}")
+    asked = {"ways": ways, "questions": min(config.probe.questions, _LAYER_QUESTIONS)}
+    probe = Probe(data / "eval" / "val", config.probe.model_copy(update=asked))
+    model, tokenizer = load(Path(stage.recipe.model.path or ""))
+    shares = ask_layers(model, tokenizer, probe, stage.memory)
+    layer = write_layer(out, shares)
+    alone = ", ".join(f"{way} {share:.1%}" for way, share in shares[layer].items())
+    others = [sum(by.values()) / len(by) for name, by in shares.items() if name != layer]
+    say(f"memories stand in layer {layer}: {alone}; in any other alone at most {max(others, default=0.0):.1%}")
+
+
 class _Reader:
-    """The reader within and between its stages."""
+    """The reader within and between its stages.
+
+    Attributes:
+        plan: of all stages.
+        layer_known: whether it says where memories stand; nothing is read from them before.
+    """
 
     def __init__(
         self,
@@ -139,7 +167,8 @@ class _Reader:
         say: Say,
         measure: Measure | None,
     ) -> None:
-        self._plan, self._out = plan, out
+        self.plan, self._out = plan, out
+        self.layer_known = True
         self._probe, self._tokenizer = probe, tokenizer
         self._every, self._memory = config.every, config.memory
         self._say, self._measure = say, measure
@@ -165,7 +194,7 @@ class _Reader:
 
     def result(self, stage: Planned, step: int, *, stopped_by: str | None) -> ReaderResult:
         """How far all is."""
-        finished = [one for one in self._plan if one.finished]
+        finished = [one for one in self.plan if one.finished]
         looks = read_looks(self._out)
         return ReaderResult(
             stage=stage.name,
@@ -177,7 +206,9 @@ class _Reader:
 
     def _look(self, stage: Planned, step: int, model: PreTrainedModel, loss: float | None) -> None:
         begin_s = time.perf_counter()
-        memory = self._memory or memory_of(self._plan, stage.number)
+        memory = self._memory
+        if memory is None and self.layer_known:
+            memory = memory_of(self.plan, stage.number)
         answers = self._probe.ask(model, self._tokenizer, memory)
         also = {} if self._measure is None else dict(self._measure(model))
         kept = None if memory is None else Host(model).memory_shape(memory).tokens

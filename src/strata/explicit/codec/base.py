@@ -65,6 +65,7 @@ class Codec(ABC):
             if not finite_n.all():
                 first = int(finite_n.logical_not().nonzero()[0])
                 raise BankError(f"the {kind} of memory {first} hold NaN or infinity: not stored")
+            vectors_nstd = self._to_code(vectors_nstd, kind)
             # Sums of empty places must not reach a scale or a codebook.
             filled = filled_nst.expand(n, s, t)
             codes[:, :, at][filled] = self._encode_vectors(vectors_nstd[filled].contiguous(), kind)
@@ -106,10 +107,19 @@ class Codec(ABC):
         for at, kind in enumerate(KINDS):
             flat_qb = codes[:, :, at].reshape(-1, self.vector_bytes).contiguous()
             vectors_nstd = self._decode_vectors(flat_qb, kind).reshape(n, s, t, d)
+            vectors_nstd = self._from_code(vectors_nstd, kind)
             if bool(empty_nst.any()):
                 vectors_nstd.masked_fill_(empty_nst[..., None], 0)
             decoded.append(vectors_nstd.to(dtype))
         return Memories(decoded[0], decoded[1], torch.from_numpy(places), torch.from_numpy(kept))
+
+    def _to_code(self, vectors_nstd: Tensor, kind: str) -> Tensor:
+        """What is coded in place of the vectors, head by head: (n, s, t, d) fp32."""
+        return vectors_nstd
+
+    def _from_code(self, vectors_nstd: Tensor, kind: str) -> Tensor:
+        """The inverse; may write to what it is given."""
+        return vectors_nstd
 
     @abstractmethod
     def _encode_vectors(self, vectors_qd: Tensor, kind: str) -> Tensor:

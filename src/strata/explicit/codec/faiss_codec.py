@@ -1,12 +1,16 @@
 """Codecs that are trained: a FAISS quantizer for all keys, and one for all values.
 
-Shapes: q vectors, d head width, b bytes of a vector's code.
+Heads differ in where their vectors lie and how far they spread, so what the quantizers see is
+standardized: less its head's mean, over its head's deviation.
+
+Shapes: n references, s memory heads, t tokens, q vectors, d head width, b bytes of a vector's code.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from strata.explicit.codec.faiss_index import (
     codebook_sizes,
     faiss_says,
     residual_books,
+    rotates,
     train_quietly,
 )
 from strata.explicit.codec.numbers import PLAIN
@@ -31,8 +36,47 @@ _FACTORY = re.compile(r"[A-Za-z0-9_,()]{1,100}")
 _LARGEST_NUMBER = 2**20
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Where the vectors of each head lie.
+
+    Attributes:
+        mean_sd: fp32.
+        deviation_sd: fp32, above 0.
+    """
+
+    mean_sd: Tensor
+    deviation_sd: Tensor
+
+    @classmethod
+    def of(cls, vectors_nstd: Tensor, filled_nt: Tensor, *, each_width: bool) -> Spread:
+        """That of a sample.
+
+        Args:
+            vectors_nstd: fp32.
+            filled_nt: which tokens count, at least one.
+            each_width: a deviation for each of the d numbers; else one a head.
+        """
+        vectors_qsd = vectors_nstd.transpose(1, 2)[filled_nt]
+        mean_sd = vectors_qsd.mean(0)
+        variance_sd = (vectors_qsd - mean_sd).square().mean(0)
+        if not each_width:
+            variance_sd = variance_sd.mean(1, keepdim=True).expand_as(variance_sd)
+        # What never changes is coded in a unit so small that its code says nothing.
+        least = 1e-12 * float((mean_sd.square() + variance_sd).mean()) or 1.0
+        return cls(mean_sd, variance_sd.clamp(min=least).sqrt())
+
+    def standardized(self, vectors_nstd: Tensor) -> Tensor:
+        """(n, s, t, d), fp32."""
+        return (vectors_nstd - self.mean_sd[:, None]) / self.deviation_sd[:, None]
+
+    def restored(self, vectors_nstd: Tensor) -> Tensor:
+        """The inverse, in place."""
+        return vectors_nstd.mul_(self.deviation_sd[:, None]).add_(self.mean_sd[:, None])
+
+
 class FaissCodec(Codec):
-    """Vectors as the standalone codes of a FAISS index.
+    """Vectors, standardized, as the standalone codes of a FAISS index.
 
     Codes of the form `[OPQ..,]ResidualMxN,PQMxB` are written and read by our own loops, others by
     FAISS.
@@ -58,6 +102,7 @@ class FaissCodec(Codec):
                 f"{shape.head_dim} that codes vectors alone ({faiss_says(error)})"
             ) from None
         self._indexes: dict[str, Any] = {}
+        self._spreads: dict[str, Spread] = {}
         self._books: dict[str, ResidualBooks] = {}
 
     @property
@@ -91,7 +136,8 @@ class FaissCodec(Codec):
             BankError: the sample holds too few vectors.
         """
         s, t = len(self.shape.heads), self.shape.tokens
-        filled_nst = (torch.arange(t) < sample.kept_n.cpu()[:, None, None]).expand(-1, s, t)
+        filled_nt = torch.arange(t) < sample.kept_n.cpu()[:, None]
+        filled_nst = filled_nt[:, None].expand(-1, s, t)
         have, need = int(filled_nst.sum()), self.vectors_needed
         if have < need:
             raise BankError(
@@ -99,10 +145,15 @@ class FaissCodec(Codec):
                 f"{len(sample):,} memories given hold {have:,}: add more documents, or use int8"
             )
         drawn = torch.randperm(have, generator=torch.Generator().manual_seed(seed))[: 16 * need]
-        indexes = {}
+        indexes, spreads = {}, {}
         for kind, part in zip(KINDS, (sample.keys_nstd, sample.values_nstd), strict=True):
-            vectors_qd = part.detach().cpu()[filled_nst][drawn].float().numpy()
+            vectors_nstd = part.detach().cpu().float()
             indexes[kind] = index = self._new_index()
+            # One that rotates vectors needs one unit for all their numbers.
+            spreads[kind] = spread = Spread.of(
+                vectors_nstd, filled_nt, each_width=not rotates(index)
+            )
+            vectors_qd = spread.standardized(vectors_nstd)[filled_nst][drawn].numpy()
             try:
                 train_quietly(index, vectors_qd, iterations=iterations, seed=seed)
             except RuntimeError as error:
@@ -110,20 +161,23 @@ class FaissCodec(Codec):
                     f"FAISS cannot train {self.factory!r} on {len(vectors_qd):,} {kind}: "
                     f"{faiss_says(error)}: add more documents, or use int8"
                 ) from None
-        self._take(indexes)
+        self._take(indexes, spreads)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The two FAISS indexes, as their bytes."""
+        """The two FAISS indexes, as their bytes, and the spreads of keys and values."""
         faiss = require("faiss", extra="bank", purpose="this codec")
-        return {
-            kind: torch.from_numpy(faiss.serialize_index(index).copy())
-            for kind, index in self._indexes.items()
-        }
+        state = {}
+        for kind, index in self._indexes.items():
+            state[kind] = torch.from_numpy(faiss.serialize_index(index).copy())
+            state[f"{kind}_mean"] = self._spreads[kind].mean_sd
+            state[f"{kind}_deviation"] = self._spreads[kind].deviation_sd
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Codec.load_state_dict`."""
         faiss = require("faiss", extra="bank", purpose="this codec")
-        if sorted(state) != sorted(KINDS):
+        wanted = [f"{kind}{part}" for kind in KINDS for part in ("", "_deviation", "_mean")]
+        if sorted(state) != wanted:
             raise BankError(f"not a state of codec {self.name!r}: holds {sorted(state)}")
         try:
             indexes = {kind: faiss.deserialize_index(state[kind].numpy()) for kind in KINDS}
@@ -136,17 +190,32 @@ class FaissCodec(Codec):
                     f"the {kind} of the codec's state are for width {index.d}, not for "
                     f"{self.factory!r} at width {self.shape.head_dim}"
                 )
-        self._take(indexes)
+        spreads = {}
+        for kind in KINDS:
+            spreads[kind] = spread = Spread(state[f"{kind}_mean"], state[f"{kind}_deviation"])
+            for part in (spread.mean_sd, spread.deviation_sd):
+                if part.shape != (len(self.shape.heads), self.shape.head_dim):
+                    raise BankError(
+                        f"the spread of the {kind} is {tuple(part.shape)}, not heads x width of "
+                        f"{(len(self.shape.heads), self.shape.head_dim)}"
+                    )
+        self._take(indexes, spreads)
 
-    def _take(self, indexes: dict[str, Any]) -> None:
+    def _take(self, indexes: dict[str, Any], spreads: dict[str, Spread]) -> None:
         books = {kind: residual_books(index) for kind, index in indexes.items()}
-        self._indexes = indexes
+        self._indexes, self._spreads = indexes, spreads
         self._books = {kind: found for kind, found in books.items() if found is not None}
 
     def _new_index(self) -> Any:
         return require("faiss", extra="bank", purpose="this codec").index_factory(
             self.shape.head_dim, self.factory
         )
+
+    def _to_code(self, vectors_nstd: Tensor, kind: str) -> Tensor:
+        return self._spreads[kind].standardized(vectors_nstd)
+
+    def _from_code(self, vectors_nstd: Tensor, kind: str) -> Tensor:
+        return self._spreads[kind].restored(vectors_nstd)
 
     def _encode_vectors(self, vectors_qd: Tensor, kind: str) -> Tensor:
         if kind in self._books:
