@@ -34,7 +34,8 @@ from strata.explicit.extras import require
 
 PARTITION_CHARACTERS = 4 * 2**20  # some 8,000 references of 128 tokens, a few hundred MB of memory
 _FIRST_CHARACTERS = 16 * 2**10
-_PARTITION_DOCUMENTS = 65_536
+_PARTITION_DOCUMENTS = 4096
+_GONE_DOCUMENTS = 4096  # their sources stand in one expression
 # Of each worker, held by this process and by Ray at once; a worker opens its model once a wave.
 _WAVE_CHARACTERS = 2**27
 
@@ -80,7 +81,10 @@ class RayAdder:
                 if not self._sources.isdisjoint(change.source_id for change in partition):
                     self._commit()  # a source twice: two commits, the later one stays
                 self._collect(partition, written)
-                if self._batch.references >= self._batch_references:
+                if (
+                    self._batch.references >= self._batch_references
+                    or len(self._gone) >= _GONE_DOCUMENTS
+                ):
                     self._commit()
         self._commit()
         return self._intake.report
@@ -138,7 +142,7 @@ class RayAdder:
             while number in expected and number not in early:
                 answered = next(answers, None)
                 if answered is None:
-                    raise WorkerError(f"Ray gave back {len(early):,} partitions too few: run again")
+                    raise WorkerError(f"Ray lost partition {number:,} of {len(wave):,}: run again")
                 if answered[0] >= number:
                     early.setdefault(*answered)
             yield partition, early.pop(number, Written((), (), {}))
