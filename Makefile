@@ -13,7 +13,7 @@ READER_PROSE     ?=
 READER_DIR       ?= runs/reader
 READER_TRAIN     ?=
 
-.PHONY: install quickstart reader test test-slurm lint clean
+.PHONY: install quickstart reader test test-ray test-slurm lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.core
@@ -29,6 +29,11 @@ reader: $(VENV)/.core
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
+
+# Ray, on this machine; some two minutes.
+test-ray: $(VENV)/.dev
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,ray]"
+	$(BIN)/python -m pytest -m ray tests/ray_engine
 
 # A real Slurm of three nodes on this machine; needs root, and apt-get where Slurm is not installed.
 test-slurm: $(VENV)/.dev

@@ -128,7 +128,7 @@ class _Asker:
 
 
 def _open(
-    bank: Path,
+    bank: str,
     model: Path,
     *,
     format: str,

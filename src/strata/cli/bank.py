@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +16,17 @@ import typer
 from strata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from strata.explicit.bank import Bank
+    from strata.explicit.bank import AddReport
+    from strata.explicit.bank.partition import WorkerMeans
+    from strata.explicit.bank.settings import BankSettings
     from strata.explicit.encode import Encoder
     from strata.explicit.fingerprint import Fingerprint
     from strata.explicit.settings import ExplicitMemoryConfig
 
-Folder = Annotated[Path, typer.Argument(help="the bank's folder", metavar="BANK")]
+Folder = Annotated[
+    str,  # a path would lose one of a URL's slashes
+    typer.Argument(help="the bank's folder, or its URL: s3://bucket/bank", metavar="BANK"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 ModelOption = Annotated[Path, typer.Option("--model", help="folder written by save_pretrained")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
@@ -99,6 +105,10 @@ def add(
     text_field: Annotated[str, typer.Option(help="of a row of jsonl and parquet")] = "text",
     id_field: Annotated[str | None, typer.Option(help="field that names a row's source")] = None,
     batch_size: Annotated[int, typer.Option(help="references encoded at once")] = 32,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: several processes, on one or many machines")
+    ] = "local",
+    num_workers: Annotated[int | None, typer.Option(help="processes of the engine ray")] = None,
     device: DeviceOption = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -112,12 +122,12 @@ def add(
     from strata.explicit.cut import cut
     from strata.explicit.documents import ReadReport, read_documents
 
+    _check_engine(engine, num_workers)
     opened = Bank.open(bank)
     config = opened.settings.config
     host = _open_model(model, config, device)
     encoder = host.encoder
     opened.check(host.fingerprint)
-    embedder = _embedder(opened, device)
     read = ReadReport()
 
     def documents() -> Any:
@@ -133,16 +143,28 @@ def add(
             status.update("training the codec on a sample")
             opened.train(documents(), cut=cut_it, encoder=encoder)
             read.skipped.clear()
-        report = opened.add(
-            documents(),
-            cut=cut_it,
-            encoder=None if cold else encoder,
-            embedder=embedder,
-            batch_size=batch_size,
-            on_progress=lambda so_far: status.update(
-                f"{so_far.documents:,} documents, {so_far.references:,} references"
-            ),
-        )
+
+        def say(so_far: AddReport) -> None:
+            status.update(f"{so_far.documents:,} documents, {so_far.references:,} references")
+
+        if num_workers is not None:
+            report = opened.add_with_ray(
+                documents(),
+                open_means=partial(_worker_means, model.resolve(), cold, device),
+                num_workers=num_workers,
+                device=device,
+                batch_size=batch_size,
+                on_progress=say,
+            )
+        else:
+            report = opened.add(
+                documents(),
+                cut=cut_it,
+                encoder=None if cold else encoder,
+                embedder=_embedder(opened.embedder_name, device),
+                batch_size=batch_size,
+                on_progress=say,
+            )
     for skipped in read.skipped:
         print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)
     if as_json:
@@ -325,7 +347,7 @@ def export(
 
 def import_(
     source: Annotated[Path, typer.Argument(help="what `export` wrote", metavar="EXPORT")],
-    bank: Annotated[Path, typer.Argument(help="folder to make", metavar="BANK")],
+    bank: Folder,
 ) -> None:
     """Make a bank of an exported one."""
     from strata.explicit.bank import Bank
@@ -348,14 +370,37 @@ def conditions(where: Sequence[str] | None) -> dict[str, Any] | None:
     return found or None
 
 
-def _embedder(bank: Bank, device: str) -> Any:
+def _check_engine(engine: str, num_workers: int | None) -> None:
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine {engine!r}: give local or ray")
+    if engine == "local" and num_workers is not None:
+        raise ConfigError("--num-workers is of --engine ray: give both or none")
+    if engine == "ray" and (num_workers is None or num_workers < 1):
+        raise ConfigError("--engine ray needs --num-workers: how many processes encode, 1 or more")
+
+
+def _embedder(name: str | None, device: str) -> Any:
     from strata.explicit.embed import make_embedder
 
-    if bank.embedder_name is None:
+    if name is None:
         return None
-    embedder = make_embedder(bank.embedder_name, device=device)
+    embedder = make_embedder(name, device=device)
     assert embedder.width  # opened now, not when the first question waits
     return embedder
+
+
+def _worker_means(model: Path, cold: bool, device: str, given: BankSettings) -> WorkerMeans:
+    """What a worker of Ray works with; runs there."""
+    from strata.explicit.bank.partition import WorkerMeans
+    from strata.explicit.cut import cut
+
+    host = _open_model(model, given.config, device)
+    embedder = _embedder(None if given.embedder is None else given.embedder.name, device)
+
+    def cut_it(document: Any) -> Any:
+        return cut(document, host.tokenizer, given.config)
+
+    return WorkerMeans(cut_it, None if cold else host.encoder, embedder, host.fingerprint)
 
 
 @dataclass(frozen=True)

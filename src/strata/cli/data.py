@@ -144,7 +144,7 @@ def prepare_data(
 
 def references(
     tokens: Annotated[Path, typer.Argument(help="folder made by strata data prepare")],
-    bank: Annotated[Path, typer.Option(help="the bank to search")],
+    bank: Annotated[str, typer.Option(help="the bank to search, a folder or a URL")],
     out: Annotated[Path, typer.Option(help="folder to make")],
     by: Annotated[str | None, typer.Option(help="search by vector, text or hybrid")] = None,
     chunk_tokens: Annotated[int, typer.Option(help="tokens of a chunk")] = 64,

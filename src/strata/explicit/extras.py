@@ -12,7 +12,9 @@ class MissingPackageError(StrataError):
     """What was asked for needs a package that is not installed."""
 
 
-def require(module: str, *, extra: Literal["bank", "documents", "tune"], purpose: str) -> Any:
+def require(
+    module: str, *, extra: Literal["bank", "documents", "ray", "s3", "tune"], purpose: str
+) -> Any:
     """Import a module that comes with one of strata's extras.
 
     Args:

@@ -1,8 +1,8 @@
 """The bank: references, their vectors and their memories, in one Lance dataset in a folder."""
 
-from strata.explicit.bank.add import AddReport
 from strata.explicit.bank.bank import Bank
 from strata.explicit.bank.info import SourceInfo, Stats, VersionInfo
+from strata.explicit.bank.intake import AddReport
 from strata.explicit.bank.records import Record
 from strata.explicit.bank.upkeep import CompactReport
 from strata.explicit.bank.verify import VerifyReport

@@ -16,19 +16,27 @@ from transformers import PreTrainedModel
 
 from strata.errors import BankError
 from strata.explicit.bank import change, info, portable, records, rows, search, settings, upkeep
-from strata.explicit.bank.add import Adder, AddReport, sample_references
+from strata.explicit.bank.add import Adder, sample_references
+from strata.explicit.bank.files import Files, LocalFiles, files_at, path_of
 from strata.explicit.bank.folder import make_folder
 from strata.explicit.bank.given import Cut, DocumentLike, EmbedderLike, EncoderLike, as_documents
 from strata.explicit.bank.info import SourceInfo, Stats, VersionInfo
-from strata.explicit.bank.lock import writing
+from strata.explicit.bank.intake import AddReport, Means
 from strata.explicit.bank.own import Own
+from strata.explicit.bank.partition import OpenMeans
+from strata.explicit.bank.ray_add import (
+    PARTITION_CHARACTERS,
+    RayAdder,
+    gpus_per_worker,
+    running,
+)
 from strata.explicit.bank.records import Record
 from strata.explicit.bank.settings import BankSettings, EmbedderSettings
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.upkeep import CompactReport
 from strata.explicit.bank.vectors import VectorTables
 from strata.explicit.bank.verify import VerifyReport, verify
-from strata.explicit.codec import Codec, save_codec
+from strata.explicit.codec import Codec, codec_state
 from strata.explicit.embed import make_embedder
 from strata.explicit.encode import Encoder
 from strata.explicit.fingerprint import Fingerprint, refuse_other
@@ -41,14 +49,17 @@ class Bank:
     """References, vectors and memories in a folder. Made by `create`, `open` or `import_`.
 
     Attributes:
-        path: the folder.
+        path: the folder, or the URL on an object store.
         settings: what `bank.json` says.
         codec: the bank's, or None while it belongs to no model.
         index_rows: from so many rows on, vectors are searched through an index.
     """
 
-    def __init__(self, path: Path, given: BankSettings, codec: Codec | None, store: Store) -> None:
-        self.path, self.settings, self.codec = path, given, codec
+    def __init__(
+        self, path: str | Path, given: BankSettings, codec: Codec | None, store: Store
+    ) -> None:
+        self.path = path_of(path)
+        self.settings, self.codec = given, codec
         self.index_rows = search.INDEX_ROWS
         self._store = store
         self._vectors = VectorTables()
@@ -71,7 +82,7 @@ class Bank:
         """Make an empty bank.
 
         Args:
-            path: a folder that does not exist or is empty.
+            path: a folder that does not exist or is empty, or such a URL ("s3://bucket/bank").
             model, tokenizer: whose bank it is; both, or neither for one that holds text and
                 vectors only, until `use` or `bind`.
             config: how references are cut, encoded and stored; None for the paper's.
@@ -84,7 +95,7 @@ class Bank:
             HostError: the model cannot have memory, or not as `config` asks.
             ModelError: no embedder of that name.
         """
-        path = Path(path)
+        files = files_at(path)
         config = config or ExplicitMemoryConfig()
         own = None
         if model is not None:
@@ -95,8 +106,8 @@ class Bank:
         given = BankSettings(config=config, embedder=settings.embedder_settings(embedder))
         if shape is not None or fingerprint is not None:
             given = given.with_model(shape, fingerprint)
-        codec = settings.open_codec(path, given)
-        bank = cls(path, given, codec, make_folder(path, given))
+        codec = settings.open_codec(files, given)
+        bank = cls(path, given, codec, make_folder(files, given))
         bank._checked = fingerprint is not None
         bank._own = own
         if embedder is not None and not isinstance(embedder, EmbedderSettings):
@@ -108,15 +119,15 @@ class Bank:
         """Open a bank.
 
         Args:
-            path: its folder.
+            path: its folder or URL.
             version: an older one, from `versions`; it can be read but not written.
 
         Raises:
             BankError: no bank, a damaged one, or no such version.
         """
-        path = Path(path)
-        given = settings.read_settings(path)
-        return cls(path, given, settings.open_codec(path, given), Store(path, version=version))
+        files = files_at(path)
+        given = settings.read_settings(files)
+        return cls(path, given, settings.open_codec(files, given), Store(files, version=version))
 
     def use(self, model: PreTrainedModel, tokenizer: Any) -> Bank:
         """Write with this model from now on, if it is the bank's; returns the bank.
@@ -156,13 +167,17 @@ class Bank:
         """Which embedder made its vectors; None where it has none."""
         return None if self.settings.embedder is None else self.settings.embedder.name
 
+    @property
+    def _files(self) -> Files:
+        return self._store.files
+
     def __len__(self) -> int:
         return self._store.seal.rows
 
     def refresh(self) -> None:
         """See what others committed meanwhile, settings too."""
-        self.settings = settings.read_settings(self.path)
-        self.codec = settings.open_codec(self.path, self.settings)
+        self.settings = settings.read_settings(self._files)
+        self.codec = settings.open_codec(self._files, self.settings)
         self._store.refresh()
 
     def check(self, model: Fingerprint) -> None:
@@ -186,8 +201,8 @@ class Bank:
             if self.settings.fingerprint is not None:
                 raise BankError(f"bank {self.path} belongs to a model already: make a new bank")
             given = self.settings.with_model(shape, fingerprint)
-            codec = settings.open_codec(self.path, given)
-            settings.write_settings(self.path, given)
+            codec = settings.open_codec(self._files, given)
+            settings.write_settings(self._files, given)
             self.settings, self.codec, self._checked = given, codec, True
 
     def train(
@@ -228,9 +243,10 @@ class Bank:
                 texts = [reference.text for reference in sample[first : first + batch_size]]
                 parts.append(encoder.encode(texts).to(device="cpu"))
             codec.train(Memories.cat(parts), iterations=iterations)
-            sha256 = save_codec(codec, self.path / settings.CODEC)
+            content, sha256 = codec_state(codec)
+            self._files.put(settings.CODEC, content)
             given = self.settings.model_copy(update={"codec_sha256": sha256})
-            settings.write_settings(self.path, given)
+            settings.write_settings(self._files, given)
             self.settings = given
             return len(sample)
 
@@ -281,15 +297,64 @@ class Bank:
                 )
             adder = Adder(
                 self._store,
-                cut=cut,
-                codec=codec,
-                encoder=encoder,
-                embedder=embedder,
+                Means(cut, codec, encoder, embedder),
                 batch_references=batch_references,
                 batch_size=batch_size,
                 on_progress=on_progress,
             )
             report = adder.run(given)
+            search.keep_indexed(self._store, index_rows=self.index_rows)
+            return report
+
+    def add_with_ray(
+        self,
+        documents: str | Path | Iterable[str | Path | DocumentLike],
+        *,
+        open_means: OpenMeans,
+        num_workers: int,
+        device: str = "auto",
+        batch_references: int = 65_536,
+        batch_size: int = 64,
+        partition_characters: int = PARTITION_CHARACTERS,
+        on_progress: Callable[[AddReport], None] | None = None,
+    ) -> AddReport:
+        """As `add`, but processes of Ray cut, embed, encode and write; this one commits.
+
+        The bank gets what `add` gives it, in the same order, whatever workers are lost meanwhile.
+        All machines must see the bank under the same path. Ray is the one that this process is
+        connected to or that RAY_ADDRESS names, or is started here for as long as it takes.
+
+        Args:
+            documents: as in `add`; a codec that needs training must have been trained.
+            open_means: called once in each worker with the bank's settings; Ray pickles it to
+                bring it there.
+            num_workers: processes.
+            device: cpu, cuda (one GPU a worker), or auto: cuda where there is one for each.
+            batch_references: a commit comes with the first partition's end after as many.
+            batch_size: references embedded and encoded at a time.
+            partition_characters: of text that a worker takes at a time, but for the last document.
+            on_progress: called after each commit.
+
+        Raises:
+            BankError: as in `add`.
+            WorkerError: Ray cannot be reached, or a worker failed again and again.
+        """
+        if num_workers < 1 or partition_characters < 1:
+            raise BankError(f"{num_workers} workers, {partition_characters} characters: at least 1")
+        given = as_documents(documents)
+        with self._writing():
+            with running(num_workers) as ray:
+                adder = RayAdder(
+                    self._store,
+                    open_means,
+                    num_workers=num_workers,
+                    gpus_per_worker=gpus_per_worker(ray, device, num_workers),
+                    batch_references=batch_references,
+                    batch_size=batch_size,
+                    partition_characters=partition_characters,
+                    on_progress=on_progress,
+                )
+                report = adder.run(given)
             search.keep_indexed(self._store, index_rows=self.index_rows)
             return report
 
@@ -501,7 +566,7 @@ class Bank:
 
     def versions(self) -> list[VersionInfo]:
         """Versions that can be opened, oldest first."""
-        return info.versions(self.path)
+        return info.versions(self._files)
 
     def export(self, out: str | Path) -> int:
         """Write this version to a new folder of plain files, parquet and JSON; returns records.
@@ -522,19 +587,19 @@ class Bank:
         Raises:
             BankError: the export is damaged, or there is something at `path`.
         """
-        source, path = Path(source), Path(path)
+        source, files = Path(source), files_at(path)
         given = portable.check_export(source)
-        codec = settings.open_codec(source, given)
-        store = make_folder(path, given, lambda store: portable.read_into(store, source, given))
+        codec = settings.open_codec(LocalFiles(source), given)
+        store = make_folder(files, given, lambda store: portable.read_into(store, source, given))
         return cls(path, given, codec, store)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Hold the writer's lock, and be at the newest version."""
-        with writing(self.path):
-            there = settings.read_settings(self.path)
+        with self._files.writing():
+            there = settings.read_settings(self._files)
             if there != self.settings:
-                self.settings, self.codec = there, settings.open_codec(self.path, there)
+                self.settings, self.codec = there, settings.open_codec(self._files, there)
                 self._checked = False
             self._store.roll_forward()
             yield

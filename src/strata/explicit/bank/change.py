@@ -31,7 +31,7 @@ def remove(store: Store, sources: Iterable[str]) -> int:
     }
     for digest, source in wanted.items():
         if digest not in there:
-            raise BankError(f"no source {source!r} in bank {store.folder}: list its sources")
+            raise BankError(f"no source {source!r} in bank {store.files}: list its sources")
     return store.commit([], gone, f"remove {len(wanted)} sources")
 
 

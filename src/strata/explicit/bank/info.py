@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from strata.explicit.bank import records, seals, search, upkeep
+from strata.explicit.bank.files import Files
 from strata.explicit.bank.store import Store
 from strata.explicit.bank.vectors import has_vector_index
 from strata.explicit.codec import Codec
@@ -79,9 +79,9 @@ def sources(store: Store) -> list[SourceInfo]:
     return [SourceInfo(source, *counts[source]) for source in sorted(counts)]
 
 
-def versions(folder: Path) -> list[VersionInfo]:
+def versions(files: Files) -> list[VersionInfo]:
     """Versions that can be opened, oldest first."""
-    found = [seals.read(folder, version) for version in seals.versions(folder)]
+    found = [seals.read(files, version) for version in seals.versions(files)]
     return [VersionInfo(seal.version, seal.rows, seal.at_s, seal.what) for seal in found]
 
 
@@ -100,7 +100,7 @@ def stats(store: Store, codec: Codec | None) -> Stats:
         sources=len(known),
         characters=characters,
         memory_bytes=None if codec is None else codec.bytes_per_memory,
-        disk_bytes=upkeep.folder_bytes(store.folder),
+        disk_bytes=upkeep.total_bytes(store.files, ""),
         files=len(store.dataset.get_fragments()),
         unindexed=search.unindexed_rows(store),
         vector_index=has_vector_index(store),

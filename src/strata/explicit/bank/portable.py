@@ -13,13 +13,13 @@ import pyarrow as pa
 
 from strata.errors import BankError
 from strata.explicit.bank import records, seals, search
+from strata.explicit.bank.files import LocalFiles, sync_folder
 from strata.explicit.bank.settings import (
     CODEC,
     SETTINGS,
     BankSettings,
     parse_sealed,
     read_settings,
-    sync_folder,
     write_sealed,
 )
 from strata.explicit.bank.store import Store
@@ -49,9 +49,10 @@ def export(store: Store, out: Path) -> int:
     try:
         temporary.mkdir(parents=True)
         names = [SETTINGS, RECORDS]
-        shutil.copyfile(store.folder / SETTINGS, temporary / SETTINGS)
-        if (store.folder / CODEC).exists():
-            shutil.copyfile(store.folder / CODEC, temporary / CODEC)
+        made = LocalFiles(temporary)
+        made.put(SETTINGS, store.files.read(SETTINGS))
+        if store.files.sizes([CODEC]):
+            made.put(CODEC, store.files.read(CODEC))
             names.append(CODEC)
         count = 0
         with pq.ParquetWriter(temporary / RECORDS, store.columns, compression="zstd") as writer:
@@ -60,10 +61,9 @@ def export(store: Store, out: Path) -> int:
                     records.checked_record(row)
                 writer.write_table(table)
                 count += len(table)
-        sealed = {}
-        for name in names:
-            entry = seals.seal_file(temporary / name)
-            sealed[name] = [entry.num_bytes, entry.sha256]
+        made.settle(names)
+        entries = seals.seal_files(made, names)
+        sealed = {name: [e.num_bytes, e.sha256] for name, e in zip(names, entries, strict=True)}
         listing = {"format": FORMAT, "format_version": 1, "records": count, "files": sealed}
         write_sealed(temporary / LISTING, listing)
         os.replace(temporary, out)
@@ -94,8 +94,9 @@ def check_export(source: Path) -> BankSettings:
     }:  # fmt: skip
         raise BankError(f"{path} lists other files than an export has")
     for name, (num_bytes, sha256) in files.items():
-        seals.check_file(source / name, seals.SealedFile(num_bytes, sha256, 0, ""))
-    return read_settings(source)
+        entry = seals.SealedFile(num_bytes, sha256, 0, "")
+        seals.check_files(LocalFiles(source), {name: entry})
+    return read_settings(LocalFiles(source))
 
 
 def read_into(store: Store, source: Path, given: BankSettings) -> None:
@@ -105,7 +106,7 @@ def read_into(store: Store, source: Path, given: BankSettings) -> None:
         BankError: the records do not fit the settings, or one is not what was written.
     """
     if given.codec_sha256 is not None:
-        shutil.copyfile(source / CODEC, store.folder / CODEC)
+        store.files.put(CODEC, (source / CODEC).read_bytes())
     fragments: list[Any] = []
     for table in _tables(source, store.columns):
         fragments += store.write(table)

@@ -31,9 +31,7 @@ def by_id(store: Store, ids: Sequence[str], columns: Sequence[str]) -> dict[str,
             found |= {row["id"]: row for row in batch.to_pylist()}
     missing = next((identifier for identifier in wanted if identifier not in found), None)
     if missing is not None:
-        raise BankError(
-            f"record {missing} is not in version {store.version} of bank {store.folder}"
-        )
+        raise BankError(f"record {missing} is not in version {store.version} of bank {store.files}")
     return found
 
 
@@ -49,7 +47,7 @@ def id_of(store: Store, beginning: str) -> str:
     ids: list[str] = [i for b in store.scan(["id"], where=where) for i in b["id"].to_pylist()]
     if len(ids) != 1:
         how_many = f"{len(ids)} records begin" if ids else "no record begins"
-        raise BankError(f"{how_many} with {beginning} in bank {store.folder}")
+        raise BankError(f"{how_many} with {beginning} in bank {store.files}")
     return ids[0]
 
 

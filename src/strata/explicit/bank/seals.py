@@ -12,21 +12,18 @@ The rest of the data files is covered by the checksums of the rows; `verify` has
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from strata.errors import BankError
-from strata.explicit.bank.settings import DATASET, SEALS, parse_sealed, sync_folder, write_sealed
+from strata.explicit.bank.files import Files
+from strata.explicit.bank.settings import DATASET, SEALS, parse_sealed, sealed
 
 _MAX_SEAL_BYTES = 512 * 2**20
 _FOOTER_BYTES = 40
 _MARGIN_BYTES = 64 * 2**10
-_STEP_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,10 @@ class SealedFile:
     sha256: str
     tail_bytes: int
     tail_sha256: str
+
+    def as_list(self) -> list[int | str]:
+        """What `SealedFile(*...)` makes again."""
+        return [self.num_bytes, self.sha256, self.tail_bytes, self.tail_sha256]
 
     def __post_init__(self) -> None:
         if not 0 <= self.tail_bytes <= self.num_bytes:
@@ -62,30 +63,30 @@ class Seal:
     files: dict[str, SealedFile] = field(repr=False)
 
 
-def versions(folder: Path) -> list[int]:
+def versions(files: Files) -> list[int]:
     """Versions that have a seal, ascending."""
-    try:
-        names = os.listdir(folder / SEALS)
-    except OSError:
-        raise BankError(f"bank {folder} is damaged: {SEALS} is missing") from None
-    stems = [name[:-5] for name in names if name.endswith(".json")]
+    names = files.names(SEALS)
+    if not names:
+        raise BankError(f"bank {files} is damaged: {SEALS} is missing")
+    stems = [name[len(SEALS) + 1 : -5] for name in names if name.endswith(".json")]
     return sorted(int(stem) for stem in stems if stem.isdigit() and len(stem) <= 20)
 
 
-def read(folder: Path, version: int) -> Seal:
+def read(files: Files, version: int) -> Seal:
     """The seal of a version.
 
     Raises:
         BankError: there is none, or it is damaged.
     """
-    path = _path(folder, version)
+    name = _name(version)
+    path = files.where(name)
     try:
-        if path.stat().st_size > _MAX_SEAL_BYTES:
+        if files.sizes([name]).get(name, 0) > _MAX_SEAL_BYTES:
             raise BankError(f"{path} is larger than {_MAX_SEAL_BYTES // 2**20} MiB: not a seal")
-        tree = parse_sealed(path, path.read_bytes())
+        tree = parse_sealed(path, files.read(name))
     except FileNotFoundError:
         raise BankError(
-            f"bank {folder} has no version {version}: it has {_listed(versions(folder))}"
+            f"bank {files} has no version {version}: it has {_listed(versions(files))}"
         ) from None
     except OSError as error:
         raise BankError(f"{path} cannot be read: {error.strerror}") from None
@@ -104,21 +105,26 @@ def read(folder: Path, version: int) -> Seal:
     return seal
 
 
+def hashed(files: Files, names: Sequence[str]) -> dict[str, SealedFile]:
+    """Hash files of the dataset, after making sure that they are safe."""
+    paths = [_below(name) for name in names]
+    files.settle(paths)
+    return dict(zip(names, seal_files(files, paths), strict=True))
+
+
 def write(
-    folder: Path, *, version: int, rows: int, what: str, files: Iterable[str], before: Seal | None
+    files: Files,
+    *,
+    version: int,
+    rows: int,
+    what: str,
+    tracked: Iterable[str],
+    known: Mapping[str, SealedFile],
 ) -> Seal:
-    """Seal a version, after its files are on the disk; hashes only what the seal before has not."""
-    known = before.files if before is not None else {}
-    entries, fresh = {}, set()
-    for name in sorted(set(files)):
-        entry = known.get(name)
-        if entry is None:
-            path = folder / DATASET / name
-            entry = seal_file(path)
-            fresh.add(path.parent)
-        entries[name] = entry
-    for parent in fresh:
-        sync_folder(parent)
+    """Seal a version, after its files are on the disk; hashes only what is not known."""
+    names = sorted(set(tracked))
+    fresh = hashed(files, [name for name in names if name not in known])
+    entries = {name: fresh.get(name) or known[name] for name in names}
     seal = Seal(version, rows, time.time(), what, entries)
     tree: dict[str, Any] = {
         "format": "strata-seal",
@@ -126,107 +132,122 @@ def write(
         "rows": rows,
         "at_s": seal.at_s,
         "what": what,
-        "files": {
-            name: [e.num_bytes, e.sha256, e.tail_bytes, e.tail_sha256]
-            for name, e in entries.items()
-        },
+        "files": {name: entry.as_list() for name, entry in entries.items()},
     }
-    (folder / SEALS).mkdir(exist_ok=True)
-    write_sealed(_path(folder, version), tree)
+    files.put(_name(version), sealed(tree))
     return seal
 
 
-def remove(folder: Path, version: int) -> None:
+def remove(files: Files, version: int) -> None:
     """Forget a version; its files may go after this."""
-    _path(folder, version).unlink(missing_ok=True)
+    files.delete(_name(version))
 
 
-def check_for_opening(folder: Path, seal: Seal) -> None:
+def check_for_opening(files: Files, seal: Seal) -> None:
     """Check what Lance trusts when it opens a version.
 
     Raises:
         BankError: a file is missing, of another size, or changed.
     """
-    for name, entry in seal.files.items():
-        path = folder / DATASET / name
-        _check_size(path, entry)
-        if name.startswith("_indices/"):
-            continue
-        if _hash(path, start=entry.num_bytes - entry.tail_bytes) != entry.tail_sha256:
-            raise _changed(path)
+    entries = {_below(name): entry for name, entry in seal.files.items()}
+    _check_sizes(files, entries)
+    ends = {path: e for path, e in entries.items() if not path.startswith(_below("_indices/"))}
+    parts = [(path, entry.num_bytes - entry.tail_bytes) for path, entry in ends.items()]
+    for (path, entry), found in zip(ends.items(), _hashes(files, parts), strict=True):
+        if found != entry.tail_sha256:
+            raise _changed(files.where(path))
 
 
-def check_indexes(folder: Path, seal: Seal) -> None:
+def check_indexes(files: Files, seal: Seal) -> None:
     """Check all index files.
 
     Raises:
         BankError: one is missing or changed.
     """
-    for name, entry in seal.files.items():
-        if name.startswith("_indices/"):
-            check_file(folder / DATASET / name, entry)
+    check_files(
+        files,
+        {_below(name): e for name, e in seal.files.items() if name.startswith("_indices/")},
+    )
 
 
-def check_file(path: Path, entry: SealedFile) -> None:
-    """Check the whole of one file.
+def check_dataset_file(files: Files, name: str, entry: SealedFile) -> None:
+    """Check the whole of one file of the dataset.
 
     Raises:
         BankError: it is missing or changed.
     """
-    _check_size(path, entry)
-    if _hash(path) != entry.sha256:
-        raise _changed(path)
+    check_files(files, {_below(name): entry})
 
 
-def _path(folder: Path, version: int) -> Path:
-    return folder / SEALS / f"{version:012d}.json"
+def check_files(files: Files, entries: Mapping[str, SealedFile]) -> None:
+    """Check the whole of files, by their names below the bank.
+
+    Raises:
+        BankError: one is missing or changed.
+    """
+    _check_sizes(files, entries)
+    found = _hashes(files, [(path, 0) for path in entries])
+    for (path, entry), sha256 in zip(entries.items(), found, strict=True):
+        if sha256 != entry.sha256:
+            raise _changed(files.where(path))
 
 
-def seal_file(path: Path) -> SealedFile:
-    """Hash a file that is on the disk, after making sure that it is."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    num_bytes = path.stat().st_size
-    tail_bytes = num_bytes
-    if path.parent.name == "data":
-        # The footer begins with the place of the first column's description; what lies before
-        # it is pages of data, but for the schema just before it.
-        with open(path, "rb") as file:
-            file.seek(max(0, num_bytes - _FOOTER_BYTES))
-            described = num_bytes - int.from_bytes(file.read(8), "little")
-        tail_bytes = min(num_bytes, max(described, 0) + _MARGIN_BYTES)
-    tail_sha256 = _hash(path, start=num_bytes - tail_bytes)
-    whole = tail_sha256 if tail_bytes == num_bytes else _hash(path)
-    return SealedFile(num_bytes, whole, tail_bytes, tail_sha256)
+def seal_files(files: Files, paths: Sequence[str]) -> list[SealedFile]:
+    """Hash files by their names below the bank."""
+    sizes = files.sizes(paths)
+    starts = [sizes[path] - _tail_bytes(files, path, sizes[path]) for path in paths]
+    tails = files.hashes(list(zip(paths, starts, strict=True)))
+    wholes = iter(files.hashes([(p, 0) for p, start in zip(paths, starts, strict=True) if start]))
+    return [
+        SealedFile(sizes[path], next(wholes) if start else tail, sizes[path] - start, tail)
+        for path, start, tail in zip(paths, starts, tails, strict=True)
+    ]
 
 
-def _hash(path: Path, *, start: int = 0) -> str:
-    digest = hashlib.sha256()
+def _name(version: int) -> str:
+    return f"{SEALS}/{version:012d}.json"
+
+
+def _below(name: str) -> str:
+    return f"{DATASET}/{name}"
+
+
+def _tail_bytes(files: Files, path: str, num_bytes: int) -> int:
+    """How much of a file's end is checked when a bank is opened."""
+    if not path.startswith(_below("data/")):
+        return num_bytes
+    # The footer begins with the place of the first column's description; what lies before it is
+    # pages of data, but for the schema just before it.
+    footer = files.read_range(path, max(0, num_bytes - _FOOTER_BYTES), min(8, num_bytes))
+    described = num_bytes - int.from_bytes(footer, "little")
+    return min(num_bytes, max(described, 0) + _MARGIN_BYTES)
+
+
+def _hashes(files: Files, parts: Sequence[tuple[str, int]]) -> list[str]:
     try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            while step := file.read(_STEP_BYTES):
-                digest.update(step)
+        return files.hashes(parts)
     except OSError as error:
-        raise BankError(f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+        name = error.filename or files
+        raise BankError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _check_size(path: Path, entry: SealedFile) -> None:
-    try:
-        num_bytes = path.stat().st_size
-    except OSError:
-        raise BankError(
-            f"{path} is missing: restore it from a copy, or open an older version of the bank"
-        ) from None
-    if num_bytes != entry.num_bytes:
-        raise BankError(
-            f"{path} has {num_bytes:,} bytes, {entry.num_bytes:,} were written: restore it from a "
-            "copy, or open an older version of the bank"
-        )
+def _check_sizes(files: Files, entries: Mapping[str, SealedFile]) -> None:
+    sizes = files.sizes(list(entries))
+    for path, entry in entries.items():
+        num_bytes = sizes.get(path)
+        if num_bytes is None:
+            raise BankError(
+                f"{files.where(path)} is missing: restore it from a copy, or open an older version "
+                "of the bank"
+            )
+        if num_bytes != entry.num_bytes:
+            raise BankError(
+                f"{files.where(path)} has {num_bytes:,} bytes, {entry.num_bytes:,} were written: "
+                "restore it from a copy, or open an older version of the bank"
+            )
 
 
-def _changed(path: Path) -> BankError:
+def _changed(path: str) -> BankError:
     return BankError(
         f"{path} is damaged, not what was written: restore it from a copy, or open an older "
         "version of the bank"

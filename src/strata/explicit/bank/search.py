@@ -20,8 +20,8 @@ from strata.explicit.hits import MAX_TOP_K, Hit, Ranking
 INDEX_ROWS = 50_000
 _MAX_QUERY_CHARACTERS = 100_000
 
-_PROBES = 32
-_REFINE = 10  # candidates per hit whose distance is computed from their whole vectors
+PROBES = 32
+REFINE = 10  # candidates per hit whose distance is computed from their whole vectors
 
 # Indexes that exist from the first version on, over nothing: Lance searches rows that an index
 # does not know yet one by one, so that they are right at any time.
@@ -60,7 +60,7 @@ def by_vector(
     field = store.columns.field("vector") if "vector" in store.columns.names else None
     if field is None:
         raise BankError(
-            f"bank {store.folder} has no vectors: search it by words, or make it with an embedder"
+            f"bank {store.files} has no vectors: search it by words, or make it with an embedder"
         )
     query = np.asarray(vector, np.float32)
     if query.shape != (field.type.list_size,):
@@ -78,7 +78,7 @@ def by_vector(
     if exact:
         nearest["use_index"] = False
     else:
-        nearest |= {"nprobes": _PROBES, "refine_factor": _REFINE}
+        nearest |= {"nprobes": PROBES, "refine_factor": REFINE}
     found = store.find("_distance", nearest=nearest, filter=condition, prefilter=True)
     return replace(found, scores=[1.0 - distance for distance in found.scores])
 
@@ -142,15 +142,26 @@ def keep_indexed(store: Store, *, index_rows: int, all_rows: bool = False) -> No
 def _build_vector_index(dataset: Any, rows: int) -> None:
     """Inverted lists of product codes; distances of the best are computed from whole vectors."""
     width = dataset.schema.field("vector").type.list_size
-    parts = max(m for m in range(1, width // 8 + 1) if width % m == 0) if width >= 8 else 1
     dataset.create_index(
         "vector",
         "IVF_PQ",
         name="vector_idx",
         metric="cosine",
-        num_partitions=max(1, round(rows**0.5 / 2)),
-        num_sub_vectors=parts,
+        num_partitions=num_lists(rows),
+        num_sub_vectors=vector_code_bytes(width),
     )
+
+
+def num_lists(rows: int) -> int:
+    """Lists of an index over so many vectors; a search looks through `PROBES` of them."""
+    return max(1, round(rows**0.5 / 2))
+
+
+def vector_code_bytes(width: int) -> int:
+    """What an index keeps of a vector: a byte for each eight numbers, where these divide it."""
+    if width < 8:
+        return 1
+    return max(parts for parts in range(1, width // 8 + 1) if width % parts == 0)
 
 
 def _check_top_k(top_k: int) -> None:

@@ -1,5 +1,7 @@
 """What a bank says about itself: `bank.json`, checked as a whole before anything of it is used.
 
+BANK is a folder, or a URL of an object store.
+
 BANK/bank.json            this file
 BANK/codec.safetensors    what training a codec found, where there is something to train
 BANK/references.lance/    one Lance dataset, a row a reference
@@ -11,15 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from strata.errors import BankError
+from strata.explicit.bank.files import Files, LocalFiles
 from strata.explicit.bank.given import EmbedderLike
-from strata.explicit.codec import Codec, load_codec, make_codec
+from strata.explicit.codec import MAX_STATE_BYTES, Codec, make_codec, read_codec
 from strata.explicit.fingerprint import Fingerprint
 from strata.explicit.memories import MemoryShape
 from strata.explicit.settings import ExplicitMemoryConfig
@@ -95,20 +97,20 @@ class BankSettings(BaseModel):
         return self.model_copy(update=update)
 
 
-def read_settings(folder: Path) -> BankSettings:
+def read_settings(files: Files) -> BankSettings:
     """Read and check `bank.json`.
 
     Raises:
         BankError: there is none, it is damaged, or another version of strata wrote it.
     """
-    path = folder / SETTINGS
+    path = files.where(SETTINGS)
     try:
-        if path.stat().st_size > _MAX_SETTINGS_BYTES:
+        if files.sizes([SETTINGS]).get(SETTINGS, 0) > _MAX_SETTINGS_BYTES:
             raise BankError(f"{path} is larger than {_MAX_SETTINGS_BYTES // 2**20} MiB: not a bank")
-        content = path.read_bytes()
-    except FileNotFoundError:
+        content = files.read(SETTINGS)
+    except (FileNotFoundError, NotADirectoryError):
         raise BankError(
-            f"no bank at {folder}: give the folder that holds {SETTINGS}, or create one"
+            f"no bank at {files}: give the folder that holds {SETTINGS}, or create one"
         ) from None
     except OSError as error:
         raise BankError(f"{path} cannot be read: {error.strerror}") from None
@@ -126,12 +128,12 @@ def read_settings(folder: Path) -> BankSettings:
         raise BankError(f"{path}: {where}: {' '.join(first['msg'].split())}") from None
 
 
-def write_settings(folder: Path, settings: BankSettings) -> None:
+def write_settings(files: Files, settings: BankSettings) -> None:
     """Write `bank.json` so that it is either the old one or the whole new one."""
-    write_sealed(folder / SETTINGS, settings.model_dump(mode="json"))
+    files.put(SETTINGS, sealed(settings.model_dump(mode="json")))
 
 
-def open_codec(folder: Path, given: BankSettings) -> Codec | None:
+def open_codec(files: Files, given: BankSettings) -> Codec | None:
     """The codec that settings name, trained if it was; None where there is no model.
 
     Raises:
@@ -141,7 +143,14 @@ def open_codec(folder: Path, given: BankSettings) -> Codec | None:
         return None
     if given.codec_sha256 is None:
         return make_codec(given.config.codec, given.shape)
-    return load_codec(given.config.codec, given.shape, folder / CODEC, given.codec_sha256)
+    path = files.where(CODEC)
+    try:
+        if files.sizes([CODEC]).get(CODEC, 0) > MAX_STATE_BYTES:
+            raise BankError(f"{path} is larger than {MAX_STATE_BYTES // 2**20} MiB: not a codec")
+        content = files.read(CODEC)
+    except OSError as error:
+        raise BankError(f"{path} cannot be read ({error.strerror}): the bank is damaged") from None
+    return read_codec(given.config.codec, given.shape, content, given.codec_sha256, origin=path)
 
 
 def embedder_settings(
@@ -154,7 +163,7 @@ def embedder_settings(
 
 
 def refuse_other_embedder(
-    folder: Path, wanted: EmbedderSettings | None, given: EmbedderLike | None
+    bank: object, wanted: EmbedderSettings | None, given: EmbedderLike | None
 ) -> None:
     """Refuse any embedder but the one that made a bank's vectors, and none where there is one.
 
@@ -163,15 +172,15 @@ def refuse_other_embedder(
     """
     if (given is None) != (wanted is None):
         has = "no vectors" if wanted is None else f"vectors of embedder {wanted.name!r}"
-        raise BankError(f"bank {folder} holds {has}: give that embedder, or none")
+        raise BankError(f"bank {bank} holds {has}: give that embedder, or none")
     if given is not None and wanted is not None and embedder_settings(given) != wanted:
         raise BankError(
-            f"bank {folder} holds vectors of embedder {wanted.name!r} (width {wanted.width}), "
+            f"bank {bank} holds vectors of embedder {wanted.name!r} (width {wanted.width}), "
             f"given {given.name!r} (width {given.width}): give the former, or make a new bank"
         )
 
 
-def parse_sealed(path: Path, content: bytes) -> dict[str, Any]:
+def parse_sealed(path: str | Path, content: bytes) -> dict[str, Any]:
     """A JSON object whose last key, `sha256`, is that of the rest.
 
     Raises:
@@ -189,25 +198,15 @@ def parse_sealed(path: Path, content: bytes) -> dict[str, Any]:
     return tree
 
 
+def sealed(tree: dict[str, Any]) -> bytes:
+    """What `parse_sealed` reads."""
+    content = json.dumps({**tree, "sha256": _digest(tree)}, indent=1, ensure_ascii=True)
+    return content.encode() + b"\n"
+
+
 def write_sealed(path: Path, tree: dict[str, Any]) -> None:
     """Write what `parse_sealed` reads, beside its place, synced, renamed."""
-    content = json.dumps({**tree, "sha256": _digest(tree)}, indent=1, ensure_ascii=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    LocalFiles(path.parent).put(path.name, sealed(tree))
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import errno
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from strata.errors import BankError, StorageError, StrataError
 from strata.explicit.bank import seals
+from strata.explicit.bank.files import Files
 from strata.explicit.bank.settings import DATASET
 from strata.explicit.extras import require
 from strata.explicit.hits import Ranking
@@ -23,6 +24,7 @@ from strata.explicit.hits import Ranking
 # A panic of Rust code arrives as a class of its own below BaseException.
 _PANIC = "PanicException"
 _MAX_SEEN = 2**16
+_NONE: Mapping[str, seals.SealedFile] = MappingProxyType({})
 _MAX_WARM_ROWS = 200_000  # of which an index of words takes about half a second to read
 
 
@@ -30,7 +32,7 @@ class Store:
     """One version of the dataset; commits move it on.
 
     Args:
-        folder: of the bank.
+        files: of the bank.
         version: which; None for the newest.
 
     Raises:
@@ -44,24 +46,28 @@ class Store:
     _searched: Any = None  # the dataset that `warm` saw last
     _warm: bool = False
 
-    def __init__(self, folder: Path, *, version: int | None = None) -> None:
-        self.folder, self._seen = folder, _Addresses()
+    def __init__(self, files: Files, *, version: int | None = None) -> None:
+        self.files, self._seen = files, _Addresses()
         self._open(version)
 
     @classmethod
-    def create(cls, folder: Path, columns: pa.Schema, setup: Callable[[Any], None]) -> Store:
+    def create(cls, files: Files, columns: pa.Schema, setup: Callable[[Any], None]) -> Store:
         """Make an empty dataset, set it up (indexes) and seal it."""
         lance = require("lance", extra="bank", purpose="a bank")
         store = cls.__new__(cls)
-        store.folder, store._seen = folder, _Addresses()
+        store.files, store._seen = files, _Addresses()
         with store.guarded("cannot be created"):
             empty = columns.empty_table()
             dataset = lance.write_dataset(
-                empty, str(folder / DATASET), schema=columns, data_storage_version="2.2"
+                empty,
+                files.where(DATASET),
+                schema=columns,
+                data_storage_version="2.2",
+                storage_options=files.storage_options,
             )
             setup(dataset)
             store.dataset = dataset
-            store.seal = store._seal(dataset, "created", None)
+            store.seal = store._seal(dataset, "created", _NONE)
         store._indexes_checked = True
         return store
 
@@ -78,7 +84,7 @@ class Store:
 
     def refresh(self) -> None:
         """Move on to the newest version."""
-        if seals.versions(self.folder)[-1:] != [self.version]:
+        if seals.versions(self.files)[-1:] != [self.version]:
             self._open(None)
 
     def scan(
@@ -120,7 +126,7 @@ class Store:
         takes it several milliseconds, and `take` one.
         """
         if not self._indexes_checked:
-            seals.check_indexes(self.folder, self.seal)
+            seals.check_indexes(self.files, self.seal)
             self._indexes_checked = True
         dataset = self.dataset  # this one throughout, whatever is committed meanwhile
         with self.guarded("cannot be searched"):
@@ -156,11 +162,10 @@ class Store:
     def roll_forward(self) -> None:
         """Be at the newest version; seal what a killed writer had committed and not yet sealed."""
         self.refresh()
-        lance = require("lance", extra="bank", purpose="a bank")
         with self.guarded("cannot be opened"):
-            dataset = lance.dataset(str(self.folder / DATASET))
+            dataset = self._at(None)
             if dataset.version > self.version:
-                self.seal = self._seal(dataset, "finished an interrupted write", self.seal)
+                self.seal = self._seal(dataset, "finished an interrupted write", self.seal.files)
                 self.dataset = dataset
 
     def write(self, table: pa.Table) -> list[Any]:
@@ -173,13 +178,21 @@ class Store:
             )
             return fragments
 
-    def commit(self, fragments: Sequence[Any], gone: str | None, what: str) -> int:
+    def commit(
+        self,
+        fragments: Sequence[Any],
+        gone: str | None,
+        what: str,
+        *,
+        sealed: Mapping[str, seals.SealedFile] = _NONE,
+    ) -> int:
         """Add files of rows and remove the rows where an expression holds, in one commit.
 
         Args:
             fragments: from `write`.
             gone: expression, or None; it sees the rows before the commit only.
             what: for people.
+            sealed: files of the fragments that were hashed already.
 
         Returns:
             Rows removed.
@@ -200,22 +213,26 @@ class Store:
             operation = lance.LanceOperation.Append(list(fragments))
             if count:
                 operation = lance.LanceOperation.Update(emptied, changed, list(fragments))
+            self.files.check_writing()
             dataset = lance.LanceDataset.commit(
                 self.dataset, operation, read_version=self.dataset.version, commit_message=what
             )
-            self.seal = self._seal(dataset, what, self.seal)
+            if dataset.version != self.version + 1:
+                raise BankError(
+                    f"bank {self.files} was written by two processes at once: verify it"
+                )
+            self.seal = self._seal(dataset, what, {**self.seal.files, **sealed})
             self.dataset = dataset
         return count
 
     def change(self, act: Callable[[Any], Any], what: str) -> Any:
         """Let Lance change the dataset in place (indexes, compaction), then seal it."""
-        lance = require("lance", extra="bank", purpose="a bank")
         with self.guarded("cannot be changed"):
-            dataset = lance.dataset(str(self.folder / DATASET), version=self.version)
-            result = act(dataset)
-            dataset = lance.dataset(str(self.folder / DATASET))
+            self.files.check_writing()
+            result = act(self._at(self.version))
+            dataset = self._at(None)
             if dataset.version != self.version:
-                self.seal = self._seal(dataset, what, self.seal)
+                self.seal = self._seal(dataset, what, self.seal.files)
                 self.dataset = dataset
         return result
 
@@ -237,38 +254,37 @@ class Store:
         text = " ".join(str(error).split()) or type(error).__name__
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         if full or "No space left on device" in text:
-            return StorageError(f"the disk is full: bank {self.folder} is as it was before")
+            return StorageError(f"the disk is full: bank {self.files} is as it was before")
         seal = getattr(self, "seal", None)
-        if seal is not None and seal.version not in seals.versions(self.folder):
+        if seal is not None and seal.version not in seals.versions(self.files):
             return BankError(
-                f"version {seal.version} of bank {self.folder} was removed by a compaction "
+                f"version {seal.version} of bank {self.files} was removed by a compaction "
                 "meanwhile: open the bank again"
             )
         short = text if len(text) <= 200 else text[:197] + "..."
-        return BankError(f"bank {self.folder} {what}, it may be damaged: verify it ({short})")
+        return BankError(f"bank {self.files} {what}, it may be damaged: verify it ({short})")
 
     def _open(self, version: int | None) -> None:
-        lance = require("lance", extra="bank", purpose="a bank")
         last: BankError | None = None
         for _ in range(5):  # a compaction may remove the newest version just before it is opened
-            known = seals.versions(self.folder)
+            known = seals.versions(self.files)
             if not known:
-                raise BankError(f"bank {self.folder} is damaged: it has no sealed version")
+                raise BankError(f"bank {self.files} is damaged: it has no sealed version")
             wanted = known[-1] if version is None else version
             try:
-                seal = seals.read(self.folder, wanted)
-                seals.check_for_opening(self.folder, seal)
+                seal = seals.read(self.files, wanted)
+                seals.check_for_opening(self.files, seal)
                 with self.guarded("cannot be opened"):
-                    dataset = lance.dataset(str(self.folder / DATASET), version=wanted)
+                    dataset = self._at(wanted)
                     rows = dataset.count_rows()
             except BankError as error:
                 last = error
-                if version is not None or seals.versions(self.folder)[-1:] == [wanted]:
+                if version is not None or seals.versions(self.files)[-1:] == [wanted]:
                     raise
                 continue
             if rows != seal.rows:
                 raise BankError(
-                    f"bank {self.folder} is damaged: version {wanted} has {rows:,} rows, "
+                    f"bank {self.files} is damaged: version {wanted} has {rows:,} rows, "
                     f"{seal.rows:,} were written"
                 )
             self.seal, self.dataset, self._indexes_checked = seal, dataset, False
@@ -276,19 +292,25 @@ class Store:
         assert last is not None
         raise last
 
-    def _seal(self, dataset: Any, what: str, before: seals.Seal | None) -> seals.Seal:
-        files = [
+    def _at(self, version: int | None) -> Any:
+        """The dataset at a version; None for the newest."""
+        lance = require("lance", extra="bank", purpose="a bank")
+        options = self.files.storage_options
+        return lance.dataset(self.files.where(DATASET), version=version, storage_options=options)
+
+    def _seal(self, dataset: Any, what: str, known: Mapping[str, seals.SealedFile]) -> seals.Seal:
+        tracked = [
             path
             for batch in dataset.tracked_files(min_version=dataset.version)
             for path in batch["path"].to_pylist()
         ]
         return seals.write(
-            self.folder,
+            self.files,
             version=dataset.version,
             rows=dataset.count_rows(),
             what=what,
-            files=files,
-            before=before,
+            tracked=tracked,
+            known=known,
         )
 
     def _addresses(self, where: str) -> dict[int, list[int]]:

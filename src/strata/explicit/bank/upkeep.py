@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from strata.explicit.bank import seals, search
+from strata.explicit.bank.files import Files
 from strata.explicit.bank.settings import DATASET
 from strata.explicit.bank.store import Store
 
@@ -40,7 +40,7 @@ def compact(
 
     Seals of old versions go before their files, so that no reader opens a version half there.
     """
-    before, bytes_before = len(store.dataset.get_fragments()), folder_bytes(store.folder / DATASET)
+    before, bytes_before = len(store.dataset.get_fragments()), total_bytes(store.files, DATASET)
     options: dict[str, Any] = {
         "target_rows_per_fragment": _ROWS_PER_FILE,
         "max_bytes_per_file": _FILE_BYTES,
@@ -56,12 +56,12 @@ def compact(
     now = time.time()
     old = [
         version
-        for version in seals.versions(store.folder)
+        for version in seals.versions(store.files)
         if version != store.version and now - _superseded_at_s(store, version) >= keep_s
     ]
     for version in old:
-        seals.remove(store.folder, version)
-    kept = set(seals.versions(store.folder))
+        seals.remove(store.files, version)
+    kept = set(seals.versions(store.files))
 
     def clean(dataset: Any) -> None:
         unsealed = [v["version"] for v in dataset.versions() if v["version"] not in kept]
@@ -74,7 +74,7 @@ def compact(
         files_before=before,
         files_after=len(store.dataset.get_fragments()),
         bytes_before=bytes_before,
-        bytes_after=folder_bytes(store.folder / DATASET),
+        bytes_after=total_bytes(store.files, DATASET),
         versions_removed=len(old),
     )
 
@@ -82,23 +82,20 @@ def compact(
 def remove_strays(store: Store) -> None:
     """Delete data files that no sealed version has: those of writers that were killed."""
     known: set[str] = set()
-    for version in seals.versions(store.folder):
-        known |= seals.read(store.folder, version).files.keys()
-    dataset = store.folder / DATASET
+    for version in seals.versions(store.files):
+        known |= seals.read(store.files, version).files.keys()
     for kind in ("data", "_deletions", "_indices"):
-        for path in sorted((dataset / kind).rglob("*"), reverse=True):
-            if path.is_file() and str(path.relative_to(dataset)) not in known:
-                path.unlink()
-            elif path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        for name in store.files.names(f"{DATASET}/{kind}"):
+            if name.removeprefix(f"{DATASET}/") not in known:
+                store.files.delete(name)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def total_bytes(files: Files, below: str) -> int:
+    """Bytes of all files below a name; "" for the whole bank."""
+    return sum(files.sizes(files.names(below)).values())
 
 
 def _superseded_at_s(store: Store, version: int) -> float:
     """When the next version came: until then, this one was what readers opened."""
-    later = [v for v in seals.versions(store.folder) if v > version]
-    return seals.read(store.folder, later[0]).at_s if later else float("inf")
+    later = [v for v in seals.versions(store.files) if v > version]
+    return seals.read(store.files, later[0]).at_s if later else float("inf")

@@ -11,7 +11,6 @@ import numpy as np
 
 from strata.errors import BankError
 from strata.explicit.bank import records, seals
-from strata.explicit.bank.settings import DATASET
 from strata.explicit.bank.store import Store
 from strata.explicit.codec import Codec
 from strata.explicit.memories import Reference
@@ -39,7 +38,7 @@ def verify(store: Store, codec: Codec | None) -> VerifyReport:
     faults: list[str] = []
     for name, entry in store.seal.files.items():
         try:
-            seals.check_file(store.folder / DATASET / name, entry)
+            seals.check_dataset_file(store.files, name, entry)
         except BankError as error:
             faults.append(str(error))
     count = 0

@@ -22,16 +22,26 @@ Source: "Memory3" (arXiv 2407.01178), section 3.4 and appendix on vector quantiz
 
 from strata.explicit.codec.base import KINDS, Codec
 from strata.explicit.codec.faiss_codec import FaissCodec, faiss_factory
-from strata.explicit.codec.make import load_codec, make_codec, save_codec
+from strata.explicit.codec.make import (
+    MAX_STATE_BYTES,
+    codec_state,
+    load_codec,
+    make_codec,
+    read_codec,
+    save_codec,
+)
 from strata.explicit.codec.numbers import PLAIN
 
 __all__ = [
     "KINDS",
+    "MAX_STATE_BYTES",
     "PLAIN",
     "Codec",
     "FaissCodec",
+    "codec_state",
     "faiss_factory",
     "load_codec",
     "make_codec",
+    "read_codec",
     "save_codec",
 ]

@@ -11,7 +11,7 @@ from strata.explicit.codec.faiss_codec import FaissCodec
 from strata.explicit.codec.numbers import Floats, Integers
 from strata.explicit.memories import MemoryShape
 
-_MAX_STATE_BYTES = 2**30
+MAX_STATE_BYTES = 2**30
 
 
 def make_codec(name: str, shape: MemoryShape) -> Codec:
@@ -32,37 +32,57 @@ def make_codec(name: str, shape: MemoryShape) -> Codec:
     return FaissCodec(name, shape)
 
 
-def save_codec(codec: Codec, path: Path) -> str:
-    """Write a codec's state; returns the sha256 of the file."""
+def codec_state(codec: Codec) -> tuple[bytes, str]:
+    """A codec's state as a file holds it, and its sha256."""
     from safetensors.torch import save
 
     content = save(codec.state_dict())
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def save_codec(codec: Codec, path: Path) -> str:
+    """Write a codec's state; returns the sha256 of the file."""
+    content, sha256 = codec_state(codec)
     path.write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
+    return sha256
 
 
 def load_codec(name: str, shape: MemoryShape, path: Path, sha256: str) -> Codec:
     """A trained codec from the file that `save_codec` wrote.
 
-    Nothing of the file is interpreted before its checksum matched.
-
     Raises:
         BankError: it is missing, damaged or of another codec.
+    """
+    try:
+        if path.stat().st_size > MAX_STATE_BYTES:
+            raise BankError(f"{path} is larger than {MAX_STATE_BYTES // 2**20} MiB: not a codec")
+        content = path.read_bytes()
+    except OSError as error:
+        raise BankError(f"{path} cannot be read ({error.strerror}): the bank is damaged") from None
+    return read_codec(name, shape, content, sha256, origin=str(path))
+
+
+def read_codec(name: str, shape: MemoryShape, content: bytes, sha256: str, *, origin: str) -> Codec:
+    """A trained codec from its state.
+
+    Nothing of it is interpreted before its checksum matched.
+
+    Args:
+        name, shape: as in `make_codec`.
+        content: of `codec_state`, with its sha256.
+        origin: where it came from, for people.
+
+    Raises:
+        BankError: it is damaged or of another codec.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     codec = make_codec(name, shape)
-    try:
-        if path.stat().st_size > _MAX_STATE_BYTES:
-            raise BankError(f"{path} is larger than {_MAX_STATE_BYTES // 2**20} MiB: not a codec")
-        content = path.read_bytes()
-    except OSError as error:
-        raise BankError(f"{path} cannot be read ({error.strerror}): the bank is damaged") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise BankError(f"{path} is damaged: not the codec that this bank was written with")
+        raise BankError(f"{origin} is damaged: not the codec that this bank was written with")
     try:
         codec.load_state_dict(load(content))
     except SafetensorError as error:
-        raise BankError(f"{path} is not a codec's state: {error}") from None
+        raise BankError(f"{origin} is not a codec's state: {error}") from None
     return codec

@@ -13,6 +13,7 @@ from strata.explicit.retrieve.base import (
     Where,
     drop_equal_texts,
 )
+from strata.explicit.retrieve.batching import BatchingRetriever
 from strata.explicit.retrieve.hybrid import HybridRetriever
 from strata.explicit.retrieve.make import make_retriever
 from strata.explicit.retrieve.own_keys import (
@@ -37,6 +38,7 @@ __all__ = [
     "MAX_QUERY_CHARS",
     "MAX_QUERY_WORDS",
     "BankRetriever",
+    "BatchingRetriever",
     "HybridRetriever",
     "KeyBank",
     "KeyMaker",
