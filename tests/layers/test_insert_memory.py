@@ -14,6 +14,8 @@ from strata.layers import (
     PEER,
     MemoryLayerConfig,
     ProductKeyMemory,
+    ShardedTable,
+    ValueTable,
     insert_memory,
     memory_layers,
     value_tables,
@@ -59,6 +61,46 @@ def test_tables(kind: str, share: bool, num_tables: int) -> None:
     first, second = (tables_of(layer) for layer in layers.values())
     assert (first == second) == share
     assert sorted({*first, *second}) == sorted(id(t) for t in value_tables(model).values())
+
+
+class Group:
+    """A process of two, that talks to nobody."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("kind", ["product_key", "peer"])
+def test_a_group_draws_the_columns_of_whole_tables(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Without ever holding one whole."""
+    config = config_of(kind=kind, num_half_keys=80, gate="none")  # 6,400 rows: two blocks
+    torch.manual_seed(3)
+    insert_memory(alone := Decoder(), config)
+    with monkeypatch.context() as patch:
+        patch.setattr("strata.layers.install.ValueTable", None)
+        for rank in (0, 1):
+            torch.manual_seed(3)
+            insert_memory(shared := Decoder(), config, group=Group(rank))  # type: ignore[arg-type]
+            for whole, part in zip(tables(alone), tables(shared), strict=True):
+                assert isinstance(part, ShardedTable) and part.weight.shape == (6400, 4)
+                assert torch.equal(part.weight, whole.weight[:, 4 * rank : 4 * rank + 4])
+            same = [name for name, _ in alone.named_parameters() if "memory_values" not in name]
+            for name in same:
+                assert torch.equal(alone.get_parameter(name), shared.get_parameter(name)), name
+
+
+def tables(model: nn.Module) -> list[ValueTable]:
+    found = list(value_tables(model).values())
+    assert all(isinstance(table, ValueTable) for table in found)
+    return found  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from strata.errors import ConfigError, ModelError
+from strata.layers.collectives import Group
 from strata.layers.config import MemoryLayerConfig
 from strata.layers.peer import PEER
 from strata.layers.product_key import ProductKeyMemory
+from strata.layers.sharded import ShardedTable
 from strata.layers.stored import QuantizedTable
 from strata.layers.values import Factory, RowTable, ValueTable
 
@@ -32,7 +34,11 @@ class Beside(nn.Module):
 
 
 def insert_memory(
-    model: nn.Module, config: MemoryLayerConfig, *, make_table: MakeTable | None = None
+    model: nn.Module,
+    config: MemoryLayerConfig,
+    *,
+    make_table: MakeTable | None = None,
+    group: Group | None = None,
 ) -> None:
     """Put memory layers into a Hugging Face decoder, in place.
 
@@ -44,6 +50,7 @@ def insert_memory(
         model: the decoder.
         config: which layers, and what kind of memory.
         make_table: where the value tables come from; None makes new ones.
+        group: processes that hold new tables together, by columns; None for whole ones.
 
     Raises:
         ConfigError: a layer index is out of range, or a width cannot be met.
@@ -77,7 +84,7 @@ def insert_memory(
         if place == 0 or not config.share_values:
             for _ in range(per_layer):
                 if make_table is None:
-                    tables.append(_new_table(config, width, sample))
+                    tables.append(_new_table(config, width, sample, group))
                 else:
                     tables.append(make_table(len(tables)))
         mine = [t for t in tables[-per_layer:] if isinstance(t, RowTable)]
@@ -110,9 +117,14 @@ def replace_tables(model: nn.Module, make: Callable[[RowTable], RowTable]) -> No
             model.set_submodule(name, new)
 
 
-def _new_table(config: MemoryLayerConfig, width: int, sample: Tensor) -> RowTable:
+def _new_table(
+    config: MemoryLayerConfig, width: int, sample: Tensor, group: Group | None
+) -> RowTable:
     if config.value_storage == "float":
-        return ValueTable(config.num_rows, width, device=sample.device, dtype=sample.dtype)
+        factory: Factory = {"device": sample.device, "dtype": sample.dtype}
+        if group is not None:
+            return ShardedTable(config.num_rows, width, group, **factory)
+        return ValueTable(config.num_rows, width, **factory)
     return QuantizedTable(config.num_rows, width, config.value_storage, device=sample.device)
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from strata.config import FrozenConfig, validate
 from strata.errors import ConfigError, ModelError
 from strata.layers import ExpertsConfig, MemoryLayerConfig
+from strata.layers.collectives import Group
 from strata.models.registration import install, install_experts
 from strata.models.storage import VALUES, Values, open_with
 
@@ -53,7 +54,11 @@ class ModelConfig(FrozenConfig):
 
 
 def build(
-    config: ModelConfig, memory: MemoryLayerConfig | None, *, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    memory: MemoryLayerConfig | None,
+    *,
+    device: torch.device | str = "cpu",
+    group: Group | None = None,
 ) -> PreTrainedModel:
     """Build a decoder, with experts and memory layers if asked for.
 
@@ -61,6 +66,7 @@ def build(
         config: the host.
         memory: memory layers to install; None for the plain decoder.
         device: "meta" gives shapes without storage (a trained model's weights are then not read).
+        group: processes that hold new value tables together, by columns; None for whole ones.
 
     Raises:
         ConfigError: a field of the host is unknown or not allowed.
@@ -81,7 +87,7 @@ def build(
     if config.experts is not None:
         install_experts(model, config.experts, alike=config.path is not None)
     if memory is not None:
-        install(model, memory)
+        install(model, memory, group=group)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -33,6 +33,7 @@ from strata.layers import (
     insert_memory,
     value_tables,
 )
+from strata.layers.collectives import Group
 from strata.layers.install import TABLES
 
 HOSTS: dict[str, str] = {
@@ -190,7 +191,9 @@ def register_hosts() -> None:
         strata_class(getattr(package, name))
 
 
-def install(model: PreTrainedModel, config: MemoryLayerConfig) -> PreTrainedModel:
+def install(
+    model: PreTrainedModel, config: MemoryLayerConfig, *, group: Group | None = None
+) -> PreTrainedModel:
     """Put memory layers into any decoder, from scratch or trained, in place.
 
     The model keeps its identity and its weights; its class becomes the strata subclass of its
@@ -201,6 +204,7 @@ def install(model: PreTrainedModel, config: MemoryLayerConfig) -> PreTrainedMode
     Args:
         model: a transformers decoder for causal language modelling.
         config: which layers, and what kind of memory.
+        group: processes that hold the value tables together, by columns; None for whole ones.
 
     Returns:
         The same object.
@@ -220,7 +224,7 @@ def install(model: PreTrainedModel, config: MemoryLayerConfig) -> PreTrainedMode
             f"memory.value_storage {config.value_storage} belongs to a saved model: install float "
             "tables, train them, then quantize"
         )
-    insert_memory(model, config)
+    insert_memory(model, config, group=group)
     _become_strata(model).memory_layers = config.model_dump(mode="json")
     return model
 

@@ -146,7 +146,8 @@ def _find_layer(config: ReaderTraining, stage: Planned, *, data: Path, out: Path
     layer = write_layer(out, shares)
     alone = ", ".join(f"{way} {share:.1%}" for way, share in shares[layer].items())
     others = [sum(by.values()) / len(by) for name, by in shares.items() if name != layer]
-    say(f"memories stand in layer {layer}: {alone}; in any other alone at most {max(others, default=0.0):.1%}")
+    most = max(others, default=0.0)
+    say(f"memories stand in layer {layer}: {alone}; in any other alone {most:.1%} of both at most")
 
 
 class _Reader:

@@ -208,7 +208,7 @@ def start_or_resume(recipe: Recipe, *, folder: RunFolder, feed: Feed, world: Wor
     with world.together():
         checkpoint = folder.open_newest(part=world.rank, parts=world.size)
         torch.manual_seed(recipe.seed)
-        model = build(recipe.model, recipe.memory, device=world.device)
+        model = build(recipe.model, recipe.memory, device=world.device, group=world.memory_group)
         feed.check_model(model)
         spread(model, recipe.distributed, world)
     training = Training(

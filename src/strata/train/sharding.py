@@ -26,6 +26,8 @@ BUCKET_BYTES = 32 << 20
 def spread(model: PreTrainedModel, config: DistributedConfig, world: World) -> None:
     """Leave in this process what it holds of a model that all processes built alike, in place.
 
+    Value tables that were built for the memory group are spread already.
+
     Raises:
         ConfigError: rows cannot be split evenly over the memory group.
         ModelError: a value table is read-only.
