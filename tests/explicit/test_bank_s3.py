@@ -73,9 +73,9 @@ def test_a_bank_on_s3_is_the_bank_in_a_folder(url: str, tmp_path: Path) -> None:
     assert again.load(ids).keys_nstd.equal(here.load(ids).keys_nstd)
     assert again.verify().faults == () and again.stats().disk_bytes > 0
     assert tiny_bank.add(again, given).unchanged == 38  # 7 is back, 3 changes twice
-    assert again.export(tmp_path / "plain") == len(here)
+    assert again.export(tmp_path / "plain") == len(again)
     copied = Bank.import_(tmp_path / "plain", f"{url}-again")
-    assert copied.digest() == here.digest()
+    assert copied.digest() == again.digest()
     with pytest.raises(BankError, match="there is a bank at s3://"):
         create(url)
 
