@@ -186,7 +186,7 @@ class _Problem:
                 bound, gradient = self._bound(centre)
                 if bound > best:
                     best, best_prices = bound, centre.copy()
-            reach = float(np.sqrt(max(0.0, gradient @ matrix @ gradient)))
+            reach = float(np.sqrt(max(0.0, float(gradient @ matrix @ gradient))))
             if reach <= _PRECISION * most:
                 break
             step = matrix @ gradient / reach
