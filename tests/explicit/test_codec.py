@@ -9,10 +9,10 @@ import torch
 from strata.errors import BankError
 from strata.explicit.codec import (
     FaissCodec,
+    codec_state,
     faiss_factory,
-    load_codec,
     make_codec,
-    save_codec,
+    read_codec,
 )
 from strata.explicit.memories import Memories, MemoryShape
 
@@ -192,8 +192,8 @@ def test_what_never_changes_is_kept_as_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_the_papers_quantizer_at_its_width(tmp_path) -> None:
-    """16,384 centroids a half; error and size of the real thing, state through a file."""
+def test_the_papers_quantizer_at_its_width() -> None:
+    """16,384 centroids a half; error and size of the real thing, state through bytes."""
     shape = MemoryShape(tuple((a, 0) for a in range(22)), 8, 80)
     rng = torch.Generator().manual_seed(0)
     mix = torch.randn(80, 80, generator=rng) * torch.linspace(2, 0.02, 80)
@@ -204,19 +204,18 @@ def test_the_papers_quantizer_at_its_width(tmp_path) -> None:
     codec = make_codec("faiss", shape)
     codec.train(sample, iterations=2)
     assert codec.own_decoder
-    checksum = save_codec(codec, tmp_path / "codec")
-    again = load_codec("faiss", shape, tmp_path / "codec", checksum)
+    again = read_codec("faiss", shape, *codec_state(codec), origin="codec")
     blobs = codec.encode(sample[:8])
     assert again.own_decoder and again.encode(sample[:8]) == blobs
     back = again.decode(blobs)
     assert (back.keys_nstd - sample.keys_nstd[:8]).norm() < 0.5 * sample.keys_nstd[:8].norm()
 
 
-def test_the_state_goes_through_a_file(tmp_path) -> None:
+def test_the_state_goes_through_bytes() -> None:
     codec = make_codec(TRAINED[0], SHAPE)
     codec.train(make_memories(SHAPE, 60), iterations=3)
-    checksum = save_codec(codec, tmp_path / "codec.safetensors")
-    again = load_codec(TRAINED[0], SHAPE, tmp_path / "codec.safetensors", checksum)
+    state = codec_state(codec)
+    again = read_codec(TRAINED[0], SHAPE, *state, origin="codec.safetensors")
     memories = make_memories(SHAPE, 3, seed=4)
     blobs = codec.encode(memories)
     assert again.encode(memories) == blobs
@@ -225,7 +224,7 @@ def test_the_state_goes_through_a_file(tmp_path) -> None:
     assert torch.equal(again.decode(blobs).keys_nstd, codec.decode(blobs).keys_nstd)
     other = MemoryShape(SHAPE.heads, SHAPE.tokens, 32)
     with pytest.raises(BankError, match="width 16, not for"):
-        load_codec("OPQ4_32,Residual2x6,PQ4x5", other, tmp_path / "codec.safetensors", checksum)
+        read_codec("OPQ4_32,Residual2x6,PQ4x5", other, *state, origin="codec.safetensors")
 
 
 def test_training_twice_gives_the_same_codec() -> None:

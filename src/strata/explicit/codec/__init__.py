@@ -12,8 +12,9 @@ decode to zeros whatever the codec.
 Codecs: fp32 and bf16 (the numbers themselves), int8 and int4 (symmetric, one fp16 scale a vector),
 "faiss" (the paper's vector quantizer, fitted to the head width) and any FAISS factory string that
 has a standalone code. FAISS codecs are trained: one quantizer for all keys and one for all values,
-over all layers and heads (the paper leaves that open; two kinds because keys and values differ
-most, and per-layer codebooks would take as many times the memory and the sample).
+over all layers and heads, whose vectors are standardized (the paper leaves that open; two kinds
+because keys and values differ most, and codebooks for each layer would take as many times the
+memory and the sample).
 
 Shapes: n references, s memory heads, t tokens, d head width, q vectors, b bytes of a vector's code.
 
@@ -25,10 +26,8 @@ from strata.explicit.codec.faiss_codec import FaissCodec, faiss_factory
 from strata.explicit.codec.make import (
     MAX_STATE_BYTES,
     codec_state,
-    load_codec,
     make_codec,
     read_codec,
-    save_codec,
 )
 from strata.explicit.codec.numbers import PLAIN
 
@@ -40,8 +39,6 @@ __all__ = [
     "FaissCodec",
     "codec_state",
     "faiss_factory",
-    "load_codec",
     "make_codec",
     "read_codec",
-    "save_codec",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from strata.errors import BankError
 from strata.explicit.codec.base import Codec
@@ -38,28 +37,6 @@ def codec_state(codec: Codec) -> tuple[bytes, str]:
 
     content = save(codec.state_dict())
     return content, hashlib.sha256(content).hexdigest()
-
-
-def save_codec(codec: Codec, path: Path) -> str:
-    """Write a codec's state; returns the sha256 of the file."""
-    content, sha256 = codec_state(codec)
-    path.write_bytes(content)
-    return sha256
-
-
-def load_codec(name: str, shape: MemoryShape, path: Path, sha256: str) -> Codec:
-    """A trained codec from the file that `save_codec` wrote.
-
-    Raises:
-        BankError: it is missing, damaged or of another codec.
-    """
-    try:
-        if path.stat().st_size > MAX_STATE_BYTES:
-            raise BankError(f"{path} is larger than {MAX_STATE_BYTES // 2**20} MiB: not a codec")
-        content = path.read_bytes()
-    except OSError as error:
-        raise BankError(f"{path} cannot be read ({error.strerror}): the bank is damaged") from None
-    return read_codec(name, shape, content, sha256, origin=str(path))
 
 
 def read_codec(name: str, shape: MemoryShape, content: bytes, sha256: str, *, origin: str) -> Codec:
