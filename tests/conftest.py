@@ -28,6 +28,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     OMP_NUM_THREADS="1",  # sums split over threads differ in the last bits
+    MALLOC_PERTURB_="0",  # as it is; a command run in this process leaves the allocator alone
     MKL_NUM_THREADS="1",
     TRITON_INTERPRET="0" if Path("/dev/nvidiactl").exists() else "1",  # no GPU: its CPU interpreter
     TOKENIZERS_PARALLELISM="false",

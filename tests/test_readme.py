@@ -65,6 +65,7 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "generate",
         "eval",
         "train",
+        "train",
         "quantize",
         "generate",
         "generate",

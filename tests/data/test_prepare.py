@@ -286,7 +286,7 @@ def test_sigkill_at_random_times_changes_nothing(
     if kind == "files":
         source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
     else:
-        num_kills, span = 6, (0.2, 0.7)  # workers take their time to start
+        num_kills, span = 8, (0.1, 0.45)  # workers take their time to start
         pytest.importorskip("datasets")
         pytest.importorskip("rensa")
         source = make_mirror(tmp_path / "mirror", with_copies(make_texts(1500)))

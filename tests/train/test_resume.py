@@ -218,12 +218,18 @@ def test_sigterm_twice_still_finishes_the_step(tiny_recipe: MakeRecipe) -> None:
 
 
 def test_sigint_twice_acts_at_once(tiny_recipe: MakeRecipe) -> None:
+    # What a shell starts in the background ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def send(event: StepEvent) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_recipe(), progress=False, on_step=send)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_recipe(), progress=False, on_step=send)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_look_at_the_lock_does_not_keep_a_run_from_starting(tiny_recipe: MakeRecipe) -> None:

@@ -73,6 +73,9 @@ class MemoryConfigMixin:
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         tree = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        for name in ("memory_layers", "expert_layers"):
+            if tree.get(name, ...) is None:  # as it is on disk where a config was opened from there
+                del tree[name]
         tree[_SEALED] = {_SEAL: True, "value": self.vocab_size}  # type: ignore[attr-defined]
         text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
         Path(json_file_path).write_text(text, encoding="utf-8")
