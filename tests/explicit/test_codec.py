@@ -222,6 +222,9 @@ def test_the_state_goes_through_bytes() -> None:
     # FAISS reads its own matrices back as another class; the fast decoder must know them still.
     assert isinstance(again, FaissCodec) and again.own_decoder
     assert torch.equal(again.decode(blobs).keys_nstd, codec.decode(blobs).keys_nstd)
+    bare = {kind: codec.state_dict()[kind] for kind in ("keys", "values")}
+    with pytest.raises(BankError, match=r"wants .*keys_mean.* make the bank again"):
+        again.load_state_dict(bare)
     other = MemoryShape(SHAPE.heads, SHAPE.tokens, 32)
     with pytest.raises(BankError, match="width 16, not for"):
         read_codec("OPQ4_32,Residual2x6,PQ4x5", other, *state, origin="codec.safetensors")

@@ -178,7 +178,10 @@ class FaissCodec(Codec):
         faiss = require("faiss", extra="bank", purpose="this codec")
         wanted = [f"{kind}{part}" for kind in KINDS for part in ("", "_deviation", "_mean")]
         if sorted(state) != wanted:
-            raise BankError(f"not a state of codec {self.name!r}: holds {sorted(state)}")
+            raise BankError(
+                f"not a state of codec {self.name!r}: holds {sorted(state)}, wants {wanted}; if "
+                "an older strata trained it, make the bank again from its documents"
+            )
         try:
             indexes = {kind: faiss.deserialize_index(state[kind].numpy()) for kind in KINDS}
         except RuntimeError as error:
