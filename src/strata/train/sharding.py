@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
+from strata.errors import ConfigError
 from strata.layers import RowTable, ShardedTable, ValueTable, replace_tables, value_tables
 from strata.layers.stored import training_error
 from strata.train.world import DistributedConfig, World
@@ -29,7 +30,7 @@ def spread(model: PreTrainedModel, config: DistributedConfig, world: World) -> N
     Value tables that were built for the memory group are spread already.
 
     Raises:
-        ConfigError: rows cannot be split evenly over the memory group.
+        ConfigError: rows cannot be split evenly over the memory group, or a weight by FSDP2.
         ModelError: a value table is read-only.
     """
     if world.mesh is None:
@@ -38,6 +39,7 @@ def spread(model: PreTrainedModel, config: DistributedConfig, world: World) -> N
     if group is not None:
         replace_tables(model, lambda table: columns_of(table, group))
     if config.dense == "fsdp":
+        check_splits(model)
         mesh = world.mesh._flatten("dense")
         values = {table.weight for table in _trained(model)}
         decoder = model.get_decoder()
@@ -53,6 +55,20 @@ def spread(model: PreTrainedModel, config: DistributedConfig, world: World) -> N
             # The loss is a share of the whole batch's already: gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def check_splits(model: nn.Module) -> None:
+    """Refuse what FSDP2 cannot split: weights of a single number, without a dimension.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, weight in model.named_parameters():
+        if weight.ndim == 0:
+            raise ConfigError(
+                f"distributed.dense=fsdp cannot split {name}, a single number (memory.scalar_gate="
+                "zero has one): set distributed.dense=replicated, or another gate"
+            )
 
 
 def split_dim(shape: Sequence[int], processes: int) -> int:
