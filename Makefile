@@ -13,6 +13,9 @@ READER_PROSE     ?=
 READER_DIR       ?= runs/reader
 READER_TRAIN     ?=
 
+# Each computes with the threads that torch finds: more of them only where there are more cores.
+TEST_PROCESSES ?= 2
+
 .PHONY: install quickstart reader test test-ray test-slurm lint clean
 .DELETE_ON_ERROR:
 
@@ -28,7 +31,7 @@ reader: $(VENV)/.core
 	$(BIN)/strata reader pack --data $(READER_DIR)/data --run $(READER_DIR)/run --out $(READER_DIR)/packed
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 # Ray, on this machine; some two minutes.
 test-ray: $(VENV)/.dev
