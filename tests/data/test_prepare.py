@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -18,7 +19,6 @@ from tiny_hub import make_mirror
 from tokenizers import Tokenizer
 
 from strata.cli.data import prepare_data
-from strata.data import manifest as manifest_file
 from strata.data.dataset import TokenDataset
 from strata.data.filters import FilterConfig
 from strata.data.prepare import PrepareConfig
@@ -216,7 +216,7 @@ def test_dying_at_any_commit_changes_nothing(
     if kind == "mirror":
         assert set(whole.num_dropped) == {"min_chars", "max_tokens", "words", "near_duplicates"}
 
-    replace = manifest_file.os.replace
+    replace = os.replace
     rng = random.Random(0)
 
     def die_now_and_then(*arguments: object) -> None:
@@ -226,7 +226,7 @@ def test_dying_at_any_commit_changes_nothing(
         if rng.random() < 0.15:
             raise Killed
 
-    monkeypatch.setattr(manifest_file.os, "replace", die_now_and_then)
+    monkeypatch.setattr(os, "replace", die_now_and_then)
     deaths = 0
     while True:
         try:

@@ -10,13 +10,13 @@ document twice does no harm.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from strata.data.manifest import sync
 from strata.data.progress import ProgressBar
 from strata.data.spill import RunEntry
 
@@ -68,7 +68,7 @@ class Bands:
                     file.write(values.view(np.uint8).data)
             for file in (hash_file, row_file):
                 file.flush()
-                sync(file.fileno())
+                os.fsync(file.fileno())
 
     def match(
         self, runs: Sequence[RunEntry], dropped: Path, *, range_bytes: int, progress: bool
@@ -98,7 +98,7 @@ class Bands:
         marks.flush()
         del marks
         with open(dropped, "rb+") as file:
-            sync(file.fileno())
+            os.fsync(file.fileno())
         return count
 
     def _repeated(

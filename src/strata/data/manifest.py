@@ -10,8 +10,6 @@ DIR/val/...                  the same, where a validation split was asked for
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -22,6 +20,7 @@ from strata.data.filters import FilterConfig
 from strata.data.near_duplicates import NearDuplicates
 from strata.data.sources import DatasetEntry, SourceEntry
 from strata.errors import DataError
+from strata.files import replace_text
 
 FORMAT: Final = "strata-tokens"
 FORMAT_VERSION: Final = 1
@@ -179,32 +178,4 @@ def _settings(config: FrozenConfig | None) -> str:
 
 def write_json(path: Path, content: FrozenConfig) -> None:
     """Write a model as JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.model_dump_json(indent=1).encode() + b"\n")
-        sync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync(descriptor: int) -> None:
-    """Wait until what was written is on the disk."""
-    os.fsync(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while step := file.read(_HASH_STEP_BYTES):
-            digest.update(step)
-    return digest.hexdigest()
+    replace_text(path, content.model_dump_json(indent=1) + "\n")

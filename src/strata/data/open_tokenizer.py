@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from strata.data.encode import TextEncoder
-from strata.data.manifest import sha256_of
 from strata.errors import DataError
+from strata.files import sha256_of
 
 _MAX_CONFIG_BYTES = 64 * 2**20
 

@@ -8,7 +8,6 @@ reading can go on behind any record.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from strata.data.sources import Source
 from strata.data.streams import BOM, opened, refusing_damage
 from strata.errors import DataError
+from strata.files import parse_row
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 
@@ -107,7 +107,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
                 for number, _, line in _lines(path, stream, ReadOptions()):
                     if line.strip():
                         where = f"{path}, line {number}"
-                        yield where, _parse_object(line, where)
+                        yield where, parse_row(line, where)
         else:
             raise DataError(f"{path} has no fields: rows with fields come from jsonl or parquet")
 
@@ -218,28 +218,12 @@ def _read_jsonl(source: Source, options: ReadOptions, skip: int) -> Iterator[Doc
 
 
 def _parse_row(line: bytes, where: str, options: ReadOptions) -> tuple[str, str]:
-    row = _parse_object(line, where)
+    row = parse_row(line, where)
     if options.text_field in row:
         return _string(row, options.text_field, where), ""
     if "prompt" in row and "completion" in row:
         return _string(row, "completion", where), _string(row, "prompt", where)
     raise _missing_field(where, options.text_field, list(row))
-
-
-def _parse_object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{where}: not a row: a number too long or too deep a nesting") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: holds {type(row).__name__}, not an object with fields")
-    return row
 
 
 def _string(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from strata.data.manifest import FileEntry, ShardEntry, sha256_of, sync, sync_folder
+from strata.data.manifest import FileEntry, ShardEntry
 from strata.errors import DataError
+from strata.files import sha256_of, sync
 
 _HEADER_BYTES = 128
 _CHECK_STEP = 1 << 20
@@ -41,7 +42,7 @@ class NpyWriter:
         self._file.seek(0)
         self._file.write(self._header(self.length))
         self._file.flush()
-        sync(self._file.fileno())
+        os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self._path)
         return FileEntry(num_bytes=self._path.stat().st_size, sha256=sha256_of(self._path))
@@ -107,7 +108,7 @@ class SplitWriter:
             documents=documents.finish(),
             loss_from=loss_from.finish(),
         )
-        sync_folder(self._folder)
+        sync(self._folder)
         self._writers = None
         self._num_done += 1
         return entry

@@ -11,6 +11,7 @@ caller's state; whatever lies behind the last such length is cut off on resumpti
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -19,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from strata.config import FrozenConfig
-from strata.data.manifest import sync
 
 _GATHER_TOKENS = 1 << 20
 _COLUMNS = {"keys": "<u8", "ends": "<i8", "loss_from": "<i4"}
@@ -119,7 +119,7 @@ class Spill:
             for _, _, tokens in _gather(documents.tokens, starts, lengths, 0):
                 file.write(tokens.view(np.uint8).data)
             file.flush()
-            sync(file.fileno())
+            os.fsync(file.fileno())
         columns = {
             "keys": keys[order],
             "ends": np.cumsum(lengths) + num_before,
@@ -129,7 +129,7 @@ class Spill:
             with open(self._folder / name, "ab") as file:
                 file.write(values.astype(_COLUMNS[name]).view(np.uint8).data)
                 file.flush()
-                sync(file.fileno())
+                os.fsync(file.fileno())
         num_val = int(documents.is_val.sum())
         return RunEntry(
             num_documents=len(lengths),

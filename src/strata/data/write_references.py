@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,9 +15,6 @@ from strata.data.manifest import (
     MANIFEST_NAME,
     FileEntry,
     read_manifest,
-    sha256_of,
-    sync,
-    sync_folder,
     write_json,
 )
 from strata.data.prepare import storage_errors
@@ -35,6 +31,7 @@ from strata.data.references import (
 )
 from strata.data.shards import NpyWriter
 from strata.errors import DataError
+from strata.files import replacing, sha256_of, sync
 
 
 class Reference(Protocol):
@@ -168,7 +165,7 @@ def write_part(
     """
     chunks = _write_array(base, "chunks", np.array(chosen, np.int32))
     lines, references = _write_lines(base, found)
-    sync_folder(base.parent)
+    sync(base.parent)
     return PartEntry(
         num_documents=num_documents,
         num_chunks=len(chosen),
@@ -189,13 +186,10 @@ def _write_array(base: Path, kind: str, values: np.ndarray) -> FileEntry:
 
 def _write_lines(base: Path, found: Sequence[Reference]) -> tuple[FileEntry, FileEntry]:
     path = named(base, "references.jsonl")
-    temporary = path.with_name(path.name + ".tmp")
     starts = [0]
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         for one in found:
             row = {"id": one.id, "source": one.source, "text": one.text}
             starts.append(starts[-1] + file.write(json.dumps(row).encode() + b"\n"))
-        sync(file.fileno())
-    os.replace(temporary, path)
     entry = FileEntry(num_bytes=path.stat().st_size, sha256=sha256_of(path))
     return _write_array(base, "lines", np.array(starts, np.int64)), entry

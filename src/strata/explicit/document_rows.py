@@ -6,7 +6,6 @@ Rows are counted from 1, blank lines of a jsonl file included, so that a number 
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from strata.errors import DataError
+from strata.files import parse_row
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,7 +103,7 @@ def _read_jsonl(path: Path, fields: RowFields) -> Iterator[Row]:
             if number == 1:
                 line = line.removeprefix(_BOM)
             if line.strip():
-                yield _row(_parse(line, where), number, where, fields)
+                yield _row(parse_row(line, where), number, where, fields)
 
 
 @contextmanager
@@ -114,22 +114,6 @@ def _open(path: Path) -> Iterator[BinaryIO]:
                 yield stream  # type: ignore[misc]
         else:
             yield raw
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{where}: not a row: a number too long or too deep a nesting") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: holds {type(row).__name__}, not an object with fields")
-    return row
 
 
 # Rows of parquet files

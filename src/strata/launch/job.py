@@ -10,7 +10,6 @@ RUN/job.json       which job was submitted last for this run, see `read_job`
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import strata
 from strata.config import dump_yaml, load_config
 from strata.errors import ConfigError
+from strata.files import replace_text
 from strata.launch.script import SlurmOptions, job_script, sbatch_options
 from strata.launch.slurm import job_state, require_partition, require_slurm, submit
 from strata.models import build
@@ -136,10 +136,8 @@ def submit_job(
         raise
     job = SubmittedJob(job_id, folder)
     with storage_errors(f"writing {run_dir / JOB_NAME}", consequence=f"job {job_id} is submitted"):
-        temporary = run_dir / f"{JOB_NAME}.tmp"
         tree = {"job_id": job_id, "folder": str(folder)}
-        temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
-        os.replace(temporary, run_dir / JOB_NAME)
+        replace_text(run_dir / JOB_NAME, json.dumps(tree) + "\n")
     return job
 
 

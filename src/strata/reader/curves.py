@@ -10,6 +10,7 @@ from pathlib import Path
 
 from strata.data.prepare import storage_errors
 from strata.errors import DataError
+from strata.files import replace_text
 
 PROBES_NAME = "probes.jsonl"
 PICTURE_NAME = "curves.png"
@@ -68,11 +69,9 @@ def add_look(out: Path, look: Look) -> None:
     """
     kept = [old for old in read_looks(out) if (old.number, old.step) < (look.number, look.step)]
     path = out / PROBES_NAME
-    temporary = path.with_name(path.name + ".tmp")
     with storage_errors(path):
         lines = [json.dumps(asdict(one)) + "\n" for one in [*kept, look]]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, "".join(lines))
 
 
 def save_curves(looks: Sequence[Look], path: Path) -> None:

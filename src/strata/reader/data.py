@@ -33,8 +33,9 @@ from strata.data.facts.entities import (
 from strata.data.prepare import storage_errors
 from strata.data.sources import SourceEntry, find_sources
 from strata.errors import ConfigError, DataError
+from strata.files import replace_text
 from strata.reader.evaluation import write_evaluation
-from strata.reader.folders import FolderReport, Folders, levels, replacing
+from strata.reader.folders import FolderReport, Folders, levels
 from strata.reader.knowing import choose_known, write_known
 from strata.reader.prose import Prose, Split
 from strata.reader.settings import ReaderData
@@ -207,5 +208,5 @@ def _keep_origin(out: Path, given: _MadeFrom) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ConfigError(f"{out} exists and holds other files: give an empty or new --out")
-        with replacing(path) as file:
-            file.write(dump_yaml(given))
+        with storage_errors(path):
+            replace_text(path, dump_yaml(given))

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -25,6 +23,7 @@ from strata.data.prepare import PrepareConfig, prepare, storage_errors
 from strata.data.references import Chosen, ReferencesConfig
 from strata.data.tokenizer import train_tokenizer
 from strata.data.write_references import write_references
+from strata.files import replacing
 from strata.reader.countries import Articles, CountryWriter, read_articles
 from strata.reader.draw import Draw
 from strata.reader.knowing import known_row
@@ -48,15 +47,6 @@ def levels(config: ReaderData) -> Iterator[tuple[str, str, Level]]:
     """Stage, name and settings of the levels that are made."""
     for stage, levels in (("text", config.text), ("memory", config.memory)):
         yield from ((stage, name, level) for name, level in levels.items() if level.tokens)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A file that has its name once it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with storage_errors(path), temporary.open("w", encoding="utf-8") as file:
-        yield file
-    os.replace(temporary, path)
 
 
 class Folders:
@@ -91,12 +81,13 @@ class Folders:
                 temporary.rename(folder)
         elif not folder.exists():
             sample = self._out / "tokenizer-rows.jsonl"
-            with replacing(sample) as file:
+            with storage_errors(sample), replacing(sample) as file:
                 for stage, name, level in levels(self._config):
                     rows = self._rows(stage, name, level, "train", purpose="tokenizer")
                     for row in islice(rows, self._config.tokenizer_rows):
                         texts = [row.text, *(own.text for own in row.own if own)]
-                        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+                        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+                        file.writelines(line.encode() for line in lines)
             train_tokenizer([sample], out=folder, vocab_size=self._config.vocab_size, add_bos=True)
         self._count = count_with(Tokenizer.from_file(str(folder / "tokenizer.json")))
 
@@ -262,12 +253,12 @@ def _write_rows(
 ) -> None:
     """Write rows until there are so many rows, or else so many tokens."""
     tokens = 0
-    with replacing(path) as file:
+    with storage_errors(path), replacing(path) as file:
         for num_rows, row in enumerate(rows, start=1):
             tree: dict[str, Any] = {"text": row.text, "kind": row.kind}
             if with_own:
                 tree["own"] = [one and {"id": one.id, "text": one.text} for one in row.own]
-            file.write(json.dumps(tree, ensure_ascii=False) + "\n")
+            file.write(json.dumps(tree, ensure_ascii=False).encode() + b"\n")
             tokens += row.num_tokens
             if num_rows == max_rows or (max_rows is None and tokens >= max_tokens):
                 return

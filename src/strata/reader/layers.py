@@ -17,6 +17,7 @@ from strata.data.prepare import storage_errors
 from strata.errors import DataError
 from strata.explicit.host import Host
 from strata.explicit.settings import ExplicitMemoryConfig
+from strata.files import replace_text
 
 if TYPE_CHECKING:
     from strata.reader.probe import Probe
@@ -78,9 +79,7 @@ def write_layer(out: Path, shares: Mapping[int, Mapping[str, float]]) -> int:
         StorageError: the disk is full.
     """
     path, layer = out / LAYER_NAME, best_layer(shares)
-    temporary = path.with_name(path.name + ".tmp")
     with storage_errors(path):
         tree = {"layer": layer, "exact": {str(name): dict(by) for name, by in shares.items()}}
-        temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, json.dumps(tree, indent=1) + "\n")
     return layer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from strata.errors import ConfigError
+from strata.files import replace_text
 
 METRICS_NAME = "metrics.jsonl"
 Record = Mapping[str, Any]
@@ -286,9 +286,5 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 def _truncate(path: Path, *, after_step: int) -> None:
     if not path.exists():
         return
-    kept = path.with_suffix(".jsonl.tmp")
-    with kept.open("w", encoding="utf-8") as file:
-        for record in _records(path):
-            if record["step"] <= after_step:
-                file.write(json.dumps(record) + "\n")
-    os.replace(kept, path)
+    kept = [record for record in _records(path) if record["step"] <= after_step]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from strata.config import dump_yaml, validate
 from strata.errors import CheckpointError, ConfigError
+from strata.files import replace_text
 from strata.train.checkpoint import Checkpoint, CheckpointFolder, storage_errors
 from strata.train.metrics import METRICS_NAME
 from strata.train.recipe import RECIPE_NAME, Recipe, require_same_run
@@ -107,9 +108,7 @@ class RunFolder:
         """Write the resolved recipe into the folder."""
         path = self.dir / RECIPE_NAME
         with storage_errors(f"writing {path}", consequence="training has not begun"):
-            temporary = path.with_suffix(".yaml.tmp")
-            temporary.write_text(dump_yaml(self.recipe), encoding="utf-8")
-            os.replace(temporary, path)
+            replace_text(path, dump_yaml(self.recipe))
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the finished model and its tokenizer, whole or not at all."""

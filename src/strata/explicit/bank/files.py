@@ -6,7 +6,6 @@ Names are those below the bank, with slashes: "seals/000000000001.json".
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from strata.errors import BankError
+from strata.files import replacing, sync
 
 SCHEMES: Final = ("s3", "gs", "az")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -181,23 +181,17 @@ class LocalFiles:
         """See `Files`."""
         parents = set()
         for name in names:
-            with open(self.folder / name, "rb") as file:
-                os.fsync(file.fileno())
+            sync(self.folder / name)
             parents.add((self.folder / name).parent)
         for parent in parents:
-            sync_folder(parent)
+            sync(parent)
 
     def put(self, name: str, content: bytes) -> None:
         """See `Files`."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
 
     def delete(self, name: str) -> None:
         """See `Files`."""
@@ -216,12 +210,3 @@ class LocalFiles:
 
     def check_writing(self) -> None:
         """See `Files`; the kernel's lock cannot be lost."""
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

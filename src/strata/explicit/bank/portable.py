@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from strata.errors import BankError
 from strata.explicit.bank import records, seals, search
-from strata.explicit.bank.files import LocalFiles, sync_folder
+from strata.explicit.bank.files import LocalFiles
 from strata.explicit.bank.settings import (
     CODEC,
     SETTINGS,
@@ -24,6 +24,7 @@ from strata.explicit.bank.settings import (
 )
 from strata.explicit.bank.store import Store
 from strata.explicit.memories import Reference
+from strata.files import sync
 
 FORMAT: Final = "strata-bank-export"
 RECORDS = "records.parquet"
@@ -67,7 +68,7 @@ def export(store: Store, out: Path) -> int:
         listing = {"format": FORMAT, "format_version": 1, "records": count, "files": sealed}
         write_sealed(temporary / LISTING, listing)
         os.replace(temporary, out)
-        sync_folder(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise BankError(f"{out} cannot be written: {error.strerror or error}") from None
     return count
