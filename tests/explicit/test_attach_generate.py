@@ -14,6 +14,7 @@ from tiny_memories import Loops, Shelf, TinyHit, by_sum, make_shelf, reads, shar
 from transformers import PreTrainedModel, TextIteratorStreamer
 
 from strata.explicit.attach import AttachError, RetrievalError, attach
+from strata.explicit.attach.placing import Placer
 from strata.explicit.host import Host
 from strata.explicit.settings import ExplicitMemoryConfig
 
@@ -60,11 +61,12 @@ def truth(
     prompt: int,
     ahead: int = 0,
     query: str = "own",
+    chunk: int = CHUNK,
 ) -> torch.Tensor:
     """Logits of a whole row by the loops, nothing cached."""
     loops = Loops(model, Host(model).memory_shape(SETTINGS), shelf.memories, 16)
     read = reads(
-        row, prompt, chunk=CHUNK, choose=by_sum, tokenizer=words(), ahead=ahead, query=query
+        row, prompt, chunk=chunk, choose=by_sum, tokenizer=words(), ahead=ahead, query=query
     )
     return loops.logits(row, read)
 
@@ -92,6 +94,33 @@ def test_greedy_is_that_of_the_loops(host_model: PreTrainedModel, ahead: int) ->
     assert {r.start for r in memory.used if r.row == 1} == {0, 1, 5, 13, 17, 21}
     threads = {name.split("_")[0] for name in shelf.threads}
     assert threads == ({"MainThread"} if not ahead else {"MainThread", "strata-memory"})
+
+
+def test_memories_of_a_short_prompt_are_put_in_place_once(
+    host_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generated tokens read what its one piece does, where the room is what was found."""
+    placed: list[int] = []
+    place = Placer.place
+
+    def counting(self: Placer, layers: Sequence[int], rows: Any) -> Any:
+        placed.extend(layers)
+        return place(self, layers, rows)
+
+    monkeypatch.setattr(Placer, "place", counting)
+    shelf, row = shelf_of(host_model), ROWS[1]
+    found = len(by_sum(words().decode(row)))
+    assert found
+    for room, times in ((found, 1), (found + 1, 2)):
+        placed.clear()
+        with attached(host_model, shelf, chunk_tokens=16, top_k=room):
+            out = host_model.generate(
+                torch.tensor([row]), **GREEDY, output_logits=True, return_dict_in_generate=True
+            )
+        assert placed and all(placed.count(layer) == times for layer in placed)
+        want = truth(host_model, shelf, out.sequences[0].tolist(), len(row), chunk=16)
+        logits = torch.stack(out.logits, 1)[0]
+        torch.testing.assert_close(logits, want[len(row) - 1 : -1], atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)

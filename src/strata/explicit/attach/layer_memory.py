@@ -139,14 +139,7 @@ def attend_context(
         (b, h, n, d) and fp32 (b, h, n); None where there is no such kernel: with softcap, dropout
         or gradients, and on other devices than the CPU.
     """
-    inputs = (query_bhnd, key_bkcd, value_bkcd)
-    graded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if (
-        query_bhnd.device.type != "cpu"
-        or weighing.softcap is not None
-        or weighing.dropout
-        or graded
-    ):
+    if not _is_fused(weighing, query_bhnd, key_bkcd, value_bkcd):
         return None
     h, n = query_bhnd.shape[1:3]
     if mask is None:  # causal: the first query's own key is the first
@@ -174,6 +167,16 @@ def attend_memory(
         (b, h, n, d) and fp32 (b, h, n).
     """
     b, h, n, d = query_bhnd.shape
+    keys, values, bias = memory.keys_bkpd, memory.values_bkpd, memory.bias_bkp
+    as_they_are = weighing.temperature == weighing.scale == 1.0 and memory.window is None
+    if as_they_are and _is_fused(weighing, query_bhnd, keys, values):
+        query = query_bhnd.reshape(b, keys.shape[1], -1, d)
+        if bias is not None:
+            bias = bias[:, :, None].to(query.dtype).expand(-1, -1, query.shape[2], -1)
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, False, attn_mask=bias, scale=weighing.scaling
+        )
+        return out.reshape(b, h, n, d), total.reshape(b, h, n)
     scores = _memory_scores(memory, query_bhnd, weighing, position_ids).float()
     total = torch.logsumexp(scores, dim=-1)
     weights = (scores - total[..., None]).exp().to(query_bhnd.dtype)
@@ -193,6 +196,14 @@ def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
     share = torch.sigmoid(one[1] - other[1])[..., None]
     out = torch.lerp(other[0].float(), one[0].float(), share)
     return out.to(one[0].dtype).transpose(1, 2)
+
+
+def _is_fused(weighing: Weighing, *inputs: Tensor) -> bool:
+    """Whether torch has a kernel that also gives the log-sum-exp."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return False
+    on_cpu = inputs[0].device.type == "cpu"
+    return on_cpu and weighing.softcap is None and not weighing.dropout
 
 
 def _scores(query_bhnd: Tensor, keys_bkpd: Tensor, weighing: Weighing) -> Tensor:

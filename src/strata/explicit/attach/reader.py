@@ -85,6 +85,15 @@ class PieceMemory:
         one = memories.keys_nstd[0].numel() if len(memories) else 0
         return 2 * one * count * self._placer.host.dtype.itemsize <= _AT_ONCE_BYTES
 
+    def is_as(self, other: PieceMemory) -> bool:
+        """Whether the rows read the same memories at the same positions as those of another."""
+        mine, its = self._rows, other._rows
+        return (
+            mine.memories is its.memories
+            and torch.equal(mine.index_rk, its.index_rk)
+            and torch.equal(mine.origin_r, its.origin_r)
+        )
+
     def select(self, rows: Tensor) -> PieceMemory:
         """The same for other rows, by index."""
         mine = self._rows

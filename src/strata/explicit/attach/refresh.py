@@ -301,6 +301,9 @@ class Refresher:
         """Let single tokens read what these windows found, in room for `top_k` memories."""
         self._windows = tuple(windows)
         memory = self._memory(windows, self._top_k)
+        prompt = None if self._reader.plan is None else self._reader.plan.memory
+        if memory is not None and prompt is not None and prompt.is_as(memory):
+            memory = prompt  # of one piece: it is put in place once
         self._reader.current = None if memory is None else memory.place()
 
     def _plan(
