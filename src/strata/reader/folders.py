@@ -9,9 +9,9 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +215,7 @@ class Folders:
     def _known_rows(self, facts: Sequence[EntityFact], split: Split) -> Iterator[Row]:
         """Rows without end: to be known, and to be read, by their shares of the tokens."""
         know, writer = self._config.know, self.writer(split)
-        reading: Iterator[Row] = iter(())
-        if know.reading:
-            name, last = [one for one in self._config.memory.items() if one[1].tokens][-1]
-            last = last.model_copy(update={"row_tokens": know.row_tokens})
-            reading = self._rows("memory", name, last, split, purpose="know")
+        reading = self._reading_rows(split)
         tokens = read = number = 0
         while True:
             if know.reading and read <= know.reading * tokens:
@@ -231,6 +227,24 @@ class Folders:
                 number += 1
             tokens += row.num_tokens
             yield row
+
+    def _reading_rows(self, split: Split) -> Iterator[Row]:
+        """Rows without end: of the last memory level and the text levels, by turns."""
+        config = self._config
+
+        def rows(stage: str, levels: Mapping[str, Level]) -> list[Iterator[Row]]:
+            size = {"row_tokens": config.know.row_tokens}
+            return [
+                self._rows(stage, name, level.model_copy(update=size), split, purpose="know")
+                for name, level in levels.items()
+                if level.tokens
+            ]
+
+        memory, texts = rows("memory", config.memory)[-1], rows("text", config.text)
+        for number in count():
+            yield next(memory)
+            if texts:
+                yield next(texts[number % len(texts)])
 
     def _endless_paragraphs(self, split: Split) -> Iterator[list[str]]:
         while True:

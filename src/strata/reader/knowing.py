@@ -20,7 +20,7 @@ from strata.reader.rows import Lines, Row
 from strata.reader.settings import ReaderData
 from strata.reader.writing import ToldBy, question_line
 
-_ASKED = 0.5  # share of facts that are asked; the others are told
+_ASKED = 0.5  # share of rows that ask; the others tell
 
 
 def choose_known(
@@ -52,9 +52,10 @@ def choose_known(
 
 
 def known_row(writer: ToldBy, draw: Draw, facts: Sequence[EntityFact], *, held_out: bool) -> Row:
-    """Facts told and asked with nothing that answers, each once while there are others.
+    """Facts told, or asked with nothing that answers, each once while there are others.
 
-    A fact that is told is not asked in the same row: the reader would read it there.
+    A row that tells asks for nothing: behind statements, questions that none of them answers would
+    teach the reader not to read.
 
     Args:
         writer: counts.
@@ -63,19 +64,17 @@ def known_row(writer: ToldBy, draw: Draw, facts: Sequence[EntityFact], *, held_o
         held_out: ask all of them in the question that is kept from training.
     """
     lines = Lines(writer, writer.config.know.row_tokens)
-    telling = False
+    asks = held_out or draw.chance(_ASKED)
     for fact in cycle(draw.order(facts)):
-        asks = held_out or draw.chance(_ASKED)
         if asks:
             text = question_line(fact.question(_question(draw, fact, held_out)), fact.answers[0])
         else:
             wordings = WORDINGS[fact.relation]
-            wording = draw.pick(wordings.statements if telling else wordings.opens)
+            wording = draw.pick(wordings.statements if lines.parts else wordings.opens)
             text = state(wording, fact.subject, fact.answers[0])
-        before = (" " if telling and not asks else "\n") if lines.parts else ""
+        before = ("\n" if asks else " ") if lines.parts else ""
         if not lines.add(before + text):
             break
-        telling = not asks
     return lines.row("known")
 
 

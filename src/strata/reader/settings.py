@@ -50,14 +50,14 @@ class Knowing(FrozenConfig):
         tokens: of the training text, about; 0 leaves it out.
         row_tokens: the most tokens of a row, special ones included.
         facts: how many.
-        reading: share of the tokens that are rows of the last memory level, so that reading is not
-            forgotten.
+        reading: share of the tokens that are rows to read, so that reading is not forgotten: by
+            turns of the last memory level, and of the text levels, one after another.
     """
 
     tokens: Annotated[int, Field(ge=0)] = 0
     row_tokens: Annotated[int, Field(ge=_LEAST_ROW_TOKENS, le=65_536)] = 512
     facts: Annotated[int, Field(ge=1)] = 2_000
-    reading: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
+    reading: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
 
 
 class ReaderData(FrozenConfig):
