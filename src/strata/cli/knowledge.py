@@ -150,9 +150,7 @@ def tables(summary: KnowledgeSummary) -> list[Table]:
     for column in ("text", "explicit"):
         kinds.add_column(column, justify="right")
     for kind in KINDS:
-        kinds.add_row(
-            kind, f"{summary.shares[kind]:.1%}", f"{summary.shares_explicit[kind]:.1%}"
-        )
+        kinds.add_row(kind, f"{summary.shares[kind]:.1%}", f"{summary.shares_explicit[kind]:.1%}")
     ways = Table(
         title=f"probability of the answer; {summary.num_lacking:,} facts are lacking alone",
     )

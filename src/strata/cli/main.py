@@ -27,6 +27,7 @@ from strata.cli.reader import data as reader_data
 from strata.cli.reader import evaluate as reader_eval
 from strata.cli.reader import pack as reader_pack
 from strata.cli.reader import train as reader_train
+from strata.cli.report import report
 from strata.cli.status import status
 from strata.cli.tokenizer import convert_tokenizer, fetch_tokenizer, train_tokenizer
 from strata.cli.train import train
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(status)
+app.command()(report)
 app.command()(sft)
 app.command()(dpo)
 app.command()(generate)

@@ -1,4 +1,4 @@
-"""What a model knows alone, behind a text that states it, and with the explicit memory of that text.
+"""What a model knows alone, behind a text that states it, and with that text's explicit memory.
 
     alone     the question and nothing else
     text      each stating text in front of the question, as `strata eval memory` puts references
@@ -52,7 +52,7 @@ class ProbedFact:
     """One fact.
 
     Attributes:
-        id: of the fact.
+        id, prompt, answer: of the fact.
         kind: its class by text.
         kind_explicit: its class where memories of the texts stand for them.
         alone: probability of each answer token.
@@ -60,6 +60,8 @@ class ProbedFact:
     """
 
     id: str
+    prompt: str
+    answer: str
     kind: Kind
     kind_explicit: Kind
     alone: Probabilities
@@ -186,7 +188,8 @@ class KnowledgeProbe:
             by_text = {name: next(text) for name in fact.texts}
             by_memory = {name: next(explicit) for name in fact.texts}
             kinds = (classify(own, list(by.values())) for by in (by_text, by_memory))
-            probed.append(ProbedFact(fact.id, *kinds, own, by_text, by_memory))
+            said = fact.id, fact.prompt, fact.answer
+            probed.append(ProbedFact(*said, *kinds, own, by_text, by_memory))
         return probed
 
     def _asked(self, fact: Fact, text: str | None = None) -> Completion:
@@ -223,9 +226,7 @@ class KnowledgeProbe:
             assert session.stats.injected == len(pairs), "a fact was asked without its memory"
         return [found[place] for place in range(len(pairs))]
 
-    def _batches(
-        self, asked: Sequence[Completion], lengths: Sequence[int]
-    ) -> Iterator[list[int]]:
+    def _batches(self, asked: Sequence[Completion], lengths: Sequence[int]) -> Iterator[list[int]]:
         """Places of rows of one length, of which no two search with the same text.
 
         A padded batch would put memories in place anew for every column where a row ends.

@@ -96,7 +96,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, ProbedFact]:
     except (ValueError, TypeError, KeyError):
         raise DataError(f"{path} is damaged: give another --out, or delete the folder") from None
     if differing:
-        what = {"fingerprint": "model", "memory": "memory settings"}.get(differing[-1], "facts")
+        what = {"fingerprint": "model", "memory": "memory settings"}.get(differing[0], "facts")
         raise ConfigError(
             f"{out} holds a probe with other {what}: give another --out, or delete the folder"
         )
