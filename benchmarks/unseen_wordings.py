@@ -2,8 +2,8 @@
 
 The statements that `strata reader data` trains with are those of `data/facts/entity_wordings`, so
 a probe that uses them asks about new facts in known words. This writes the same facts in words that
-the reader never saw: a card of a catalogue, a line of a table, reported speech, and the question
-with its answer.
+the reader never saw: another sentence, a card of a catalogue, a line of a table, reported speech,
+and the question with its answer.
 
     python benchmarks/unseen_wordings.py DATA/eval/test/questions.jsonl facts.jsonl
     strata knowledge probe facts.jsonl --model READER --out runs/unseen
@@ -18,6 +18,7 @@ from pathlib import Path
 from strata.data.facts.entities import EntityFact, asked_fact
 
 WORDINGS = {
+    "sentence": "According to the records, the {r} of {s} is {o}.",
     "card": "Catalogue entry. Name: {s}. {R}: {o}.",
     "table": "name | {r}\n{s} | {o}",
     "speech": 'When somebody wanted to know the {r} of {s}, the old clerk said: "That is {o}."',

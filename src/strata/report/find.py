@@ -57,7 +57,7 @@ def find(paths: Sequence[Path], *, answers: int) -> list[Found]:
         if not path.exists():
             raise ConfigError(f"no run at {path}: {_KNOWN}")
     found = []
-    for path, label in zip(paths, _labels(paths), strict=True):
+    for path, label in zip(paths, labels(paths), strict=True):
         here = list(_in(path, label, answers))
         if not here:
             empty = path.is_dir() and not any(path.iterdir())
@@ -88,7 +88,8 @@ def _in(path: Path, label: str, answers: int) -> Iterator[Found]:
         yield from _file(path, Run(path.parent, _parent(label)), answers)
         return
     run = Run(path, label)
-    if (path / PROBES_NAME).is_file() or (path / STAGES_NAME).is_file():
+    packed = (path / "reader.json").is_file()  # a reader to give away has stages.yaml, too
+    if (path / PROBES_NAME).is_file() or ((path / STAGES_NAME).is_file() and not packed):
         yield Found("reader", run, lambda name: reader_sections(run, name=name, answers=answers))
     elif (path / METRICS_NAME).is_file() or (path / RECIPE_NAME).is_file():
         if not any((path / kind / METRICS_NAME).is_file() for kind in ("memory", "dense")):
@@ -119,7 +120,7 @@ def _file(path: Path, run: Run, answers: int, *, named: bool = True) -> Iterator
             raise
         return
     told = f"{run.label}/{path.name}" if named else run.label
-    if path.name == SUMMARY_NAME or _has(tree, "shares_explicit", "recovery"):
+    if path.name == SUMMARY_NAME:
         make = partial(knowledge_section, run, title=f"Knowledge probe {run.label}")
     elif _has(tree, "scores", "found"):
         make = partial(memory_section, tree, title=f"Formats of knowledge: {run.label}/{path.name}")
@@ -139,15 +140,19 @@ def _has(tree: Node, *keys: str) -> bool:
     return isinstance(tree.value, dict) and all(key in tree.value for key in keys)
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """Last parts of the paths, as many as tell them apart."""
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Last parts of the paths, as many as tell them apart; of a file its folder, too.
+
+    Raises:
+        ConfigError: a path is given twice.
+    """
     resolved = [path.resolve() for path in paths]
     for parts in range(1, 1 + max(len(path.parts) for path in resolved)):
-        labels = ["/".join(path.parts[-parts:]) for path in resolved]
-        if len(set(labels)) == len(labels) and all(
-            "/" in label or path.is_dir() for label, path in zip(labels, resolved, strict=True)
+        found = ["/".join(path.parts[-parts:]) for path in resolved]
+        if len(set(found)) == len(found) and all(
+            "/" in label or path.is_dir() for label, path in zip(found, resolved, strict=True)
         ):
-            return labels
+            return found
     raise ConfigError("a run is given twice: give each once")
 
 

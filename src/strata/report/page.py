@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from strata.data.prepare import storage_errors
-from strata.report.find import find, sections
+from strata.report.find import find, labels, sections
 from strata.report.parts import Picture, Section, Table
 from strata.report.pictures import as_svg, save_png
 
@@ -74,7 +74,7 @@ def _html(paths: Sequence[Path], made: Sequence[Section], drawn: dict[str, Marku
     environment.tests["table"] = lambda part: isinstance(part, Table)
     return environment.get_template("page.html.j2").render(
         title=", ".join(path.resolve().name for path in paths),
-        paths=[str(path) for path in paths],
+        runs=dict(zip(labels(paths), map(str, paths), strict=True)),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         sections=made,
         drawn=drawn,
