@@ -133,11 +133,12 @@ def read(out: Path, above: Path) -> Page:
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     assert page.text.startswith("<!DOCTYPE html>") and 'name="viewport"' in page.text
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    assert all(link.startswith("#") for link in page.links), page.links
+    inside = ("#", "data:image/png;base64,")
+    assert all(link.startswith(inside) for link in page.links), page.links
     assert "http" not in page.text and "@import" not in page.text
     assert not re.findall(r"url\((?!#)", page.text)
     assert len(page.names) == len(set(page.names))
-    assert {link[1:] for link in page.links} <= set(page.names)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.names)
     assert page.unboxed == 0 and page.tags.count("h1") == 1
     numbers = 0
     for place, text in page.cells:
@@ -268,6 +269,16 @@ def test_a_knowledge_probe(tmp_path: Path) -> None:
     assert ("probe/facts.jsonl#L1/alone/0", "0.250") in page.cells
     assert ("probe/facts.jsonl#L1/explicit/y/0", "0.850") in page.cells
     assert "2 facts, of which the model alone lacks 1" in page.words
+
+
+def test_many_points_are_a_picture_in_the_picture(tmp_path: Path) -> None:
+    one = ProbedFact("a", "p", " a", "not", "not", (0.1,), {"x": (0.5,)}, {"x": (0.25,)})
+    save(tmp_path / "knowledge.json", asdict(summarise([one])))
+    (tmp_path / "facts.jsonl").write_text(600 * (json.dumps(asdict(one)) + "\n"))
+    write_report([tmp_path], out=tmp_path / "page")
+    page = read(tmp_path / "page", tmp_path.parent)
+    assert any(link.startswith("data:image/png") for link in page.links)
+    assert len(page.text) < 200_000
 
 
 def test_a_reader_with_its_stages_and_exam(trained: Path, tmp_path: Path) -> None:

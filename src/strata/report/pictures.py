@@ -17,6 +17,7 @@ _COLOURS = (
 _DASHES = ("-", "--", ":", "-.")
 _SIZE_INCHES = (4.8, 3.3)  # legible as wide as a phone
 _INK = "#010203"  # nearly black; in a page the colour of its text stands for it
+_MOST_SHAPES = 500  # more points than these are a picture within the picture
 _STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -91,7 +92,11 @@ def scatter(points: Points, *, x: str, y: str) -> Any:
     with _styled() as plt:
         figure, axes = _axes(plt)
         axes.plot((0, 1), (0, 1), color=_INK, linewidth=0.8, alpha=0.5)
-        axes.scatter(*zip(*points, strict=True), s=9, alpha=0.35, color=_COLOURS[0], linewidths=0)
+        many = len(points) > _MOST_SHAPES
+        axes.scatter(
+            *zip(*points, strict=True), s=9, alpha=0.35, color=_COLOURS[0], linewidths=0,
+            rasterized=many,
+        )  # fmt: skip
         axes.set(xlabel=x, ylabel=y, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     return figure
 
@@ -100,7 +105,7 @@ def as_svg(figure: Any, name: str) -> str:
     """An `svg` element without size, colours or names of others: it fits any page and theme."""
     with _styled():
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, dpi=200, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
