@@ -313,6 +313,12 @@ def test_a_reader_with_its_stages_and_exam(trained: Path, tmp_path: Path) -> Non
     assert ("reader/exam/01-text1/report.json#/search/scores/1/accuracy", "50.0%") in page.cells
     assert any(place.startswith("reader/01-text1/metrics.jsonl#L12/") for place, _ in page.cells)
     assert len(written.pictures) == 2 + 2 + 5 and "Chosen: layer 1." in page.words
+    alone = run / "exam" / "01-text1"
+    write_report([alone], out=tmp_path / "exam")
+    assert read(tmp_path / "exam", alone.parent).titles == [
+        "Exam 01-text1/report.json: given what answers",
+        "Exam 01-text1/report.json: given what its bank's search finds",
+    ]
 
 
 def test_a_quickstart(trained: Path, tmp_path: Path) -> None:

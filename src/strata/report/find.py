@@ -16,7 +16,7 @@ from strata.report.knowledge import SUMMARY_NAME, knowledge_section
 from strata.report.memory import memory_section
 from strata.report.parts import Section
 from strata.report.quickstart import REPORT_NAME, quickstart_sections
-from strata.report.reader import PROBES_NAME, STAGES_NAME, reader_sections
+from strata.report.reader import PROBES_NAME, STAGES_NAME, exam_sections, reader_sections
 from strata.report.source import Node, Run
 from strata.report.training import METRICS_NAME, RECIPE_NAME, training_section
 
@@ -124,6 +124,11 @@ def _file(path: Path, run: Run, answers: int, *, named: bool = True) -> Iterator
         make = partial(knowledge_section, run, title=f"Knowledge probe {run.label}")
     elif _has(tree, "scores", "found"):
         make = partial(memory_section, tree, title=f"Formats of knowledge: {run.label}/{path.name}")
+    elif _has(tree, "stage", "oracle", "search"):
+        title = f"Exam {run.label}/{path.name}"
+        exam = partial(exam_sections, tree, title=title, answers=answers)
+        yield Found("evaluation", Run(path, told), lambda name: exam(name=name))
+        return
     elif _has(tree, "measures", "model"):
         section = partial(evaluation_section, tree, title=f"Evaluation {run.label}/{path.name}")
         yield Found("evaluation", Run(path, told), lambda name: [section()])

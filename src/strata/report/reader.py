@@ -14,6 +14,7 @@ from strata.report.training import METRICS_NAME, training_section
 PROBES_NAME = "probes.jsonl"
 LAYER_NAME = "layer.json"
 STAGES_NAME = "stages.yaml"
+_FOUND_BY = {"oracle": "given what answers", "search": "given what its bank's search finds"}
 
 
 def reader_sections(run: Run, *, name: str, answers: int) -> list[Section]:
@@ -34,19 +35,26 @@ def reader_sections(run: Run, *, name: str, answers: int) -> list[Section]:
     sections = [Section(f"What {run.label} has learned", about, parts)]
     for report in sorted(run.path.glob("exam/*/report.json")):
         stage = report.parent.name
-        tree = run.json(f"exam/{stage}/report.json")
-        for by, says in (
-            ("oracle", "given what answers"), ("search", "given what its bank's search finds"),
-        ):  # fmt: skip
-            if tree[by].value is not None:
-                title = f"Exam of {run.label}, {stage}: {says}"
-                part = f"{name}-{stage}-{by}"
-                sections.append(memory_section(tree[by], name=part, title=title, answers=answers))
+        sections += exam_sections(
+            run.json(f"exam/{stage}/report.json"),
+            name=f"{name}-{stage}",
+            title=f"Exam of {run.label}, {stage}",
+            answers=answers,
+        )
     stages = [run.below(path.parent.name) for path in sorted(run.path.glob(f"*/{METRICS_NAME}"))]
     if stages:
         title = f"Training of {run.label}, stage by stage"
         sections.append(training_section(stages, name=f"{name}-stages", title=title))
     return sections
+
+
+def exam_sections(tree: Node, *, name: str, title: str, answers: int) -> list[Section]:
+    """Sections of a report of `strata reader eval`; arguments as of `memory_section`."""
+    return [
+        memory_section(tree[by], name=f"{name}-{by}", title=f"{title}: {says}", answers=answers)
+        for by, says in _FOUND_BY.items()
+        if tree[by].value is not None
+    ]
 
 
 def _curves(looks: Sequence[Node], name: str) -> Picture:
