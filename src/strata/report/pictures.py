@@ -44,7 +44,7 @@ def curves(
         lines: points by name.
         x, y: what the axes show.
         share: from 0 to 1.
-        dashed: names that are drawn dashed, in the colour of the line before.
+        dashed: names that are drawn dashed, in the colour of the line before, and not named.
     """
     with _styled() as plt:
         figure, axes = _axes(plt)
@@ -52,15 +52,16 @@ def curves(
         for name, points in lines.items():
             number += name not in dashed
             style = "--" if name in dashed else _DASHES[number // len(_COLOURS) % len(_DASHES)]
+            label = "_" if name in dashed else name  # matplotlib leaves it out of the legend
             marker = "o" if len(points) < 30 else None
             axes.plot(
-                *zip(*points, strict=True), style, label=name, marker=marker, markersize=3,
+                *zip(*points, strict=True), style, label=label, marker=marker, markersize=3,
                 color=_COLOURS[max(number, 0) % len(_COLOURS)], linewidth=1.5,
             )  # fmt: skip
         axes.set(xlabel=x, ylabel=y)
         if share:
             axes.set(ylim=(-0.02, 1.02))
-        _legend(figure, axes, len(lines))
+        _legend(figure, axes, len(lines) - len(dashed))
     return figure
 
 

@@ -31,11 +31,13 @@ def training_section(runs: Sequence[Run], *, name: str, title: str) -> Section:
     records = {run.label: run.lines(METRICS_NAME) for run in runs}
     begun = {label: lines for label, lines in records.items() if lines}
     parts: list[Table | Picture] = [_numbers(records)]
+    short = _short_names(list(begun))
+    drawn = {short[label]: lines for label, lines in begun.items()}
     if begun:
-        parts += _curves(begun, name)
+        parts += _curves(drawn, name)
     health = [table for table in map(_health_table, begun.items()) if table is not None]
     if health:
-        parts += _health_curves(begun, name)
+        parts += _health_curves(drawn, name)
         parts += health
     parts += _recipes(runs)
     about = ""
@@ -73,8 +75,9 @@ def _curves(records: dict[str, list[Node]], name: str) -> list[Picture]:
             dashed.append(f"{label}, validation")
             loss[dashed[-1]] = validated
     speed = {label: _points(n, lambda line: line["tokens_per_s"]) for label, n in records.items()}
+    y = "nats a token (dashed: validation)" if dashed else "nats a token"
     drawn = [
-        _picture(f"{name}-loss", "Loss", loss, "nats a token", dashed=dashed),
+        _picture(f"{name}-loss", "Loss", loss, y, dashed=dashed),
         _picture(f"{name}-speed", "Speed", speed, "tokens/s"),
     ]
     return [picture for picture in drawn if picture is not None]
@@ -90,8 +93,8 @@ def _health_curves(records: dict[str, list[Node]], name: str) -> list[Picture]:
                 shown = _short(layer) if len(records) == 1 else f"{label}, {_short(layer)}"
                 pick: Callable[[Node], Node] = partial(_health_of, layer=layer, key=key)
                 lines[shown] = _points(found, pick)
-        title = f"Memory health: {says}"
-        picture = _picture(f"{name}-{key.replace('_', '-')}", title, lines, says)
+        title, stem = f"Memory health: {says}", f"{name}-{key.replace('_', '-')}"
+        picture = _picture(stem, title, lines, says, share=key != "hottest")
         if picture is not None:
             drawn.append(picture)
     return drawn
@@ -173,6 +176,7 @@ def _picture(
     y: str,
     *,
     dashed: Sequence[str] = (),
+    share: bool = False,
 ) -> Picture | None:
     lines = {label: points for label, points in lines.items() if points}
     if not lines:
@@ -187,8 +191,14 @@ def _picture(
     ends = "; ".join(
         f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in drawn.items()
     )
-    draw = partial(pictures.curves, drawn, x=x, y=y, dashed=dashed)
+    draw = partial(pictures.curves, drawn, x=x, y=y, dashed=dashed, share=share)
     return Picture(name, title, draw, places, f"{title}: {ends}.")
+
+
+def _short_names(labels: Sequence[str]) -> dict[str, str]:
+    """Last parts of labels where these tell them apart, for a picture has little room."""
+    short = {label: label.rpartition("/")[2] for label in labels}
+    return short if len(set(short.values())) == len(short) else {label: label for label in labels}
 
 
 def _short(layer: str) -> str:
