@@ -80,6 +80,9 @@ class Page(HTMLParser):
         if tag == "h2":
             self.titles.append("")
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)  # which leaves nothing open
+
     def handle_endtag(self, tag: str) -> None:
         assert self.within.pop() == tag
         self._classes.pop()
