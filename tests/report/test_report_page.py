@@ -119,7 +119,7 @@ def look_up(place: str, above: Path) -> Any:
 def agrees(text: str, value: Any) -> bool:
     """Whether a cell shows a value, to as many digits as it shows."""
     if isinstance(value, list):
-        return text == "\n".join(map(str, value))
+        return text in ("\n".join(map(str, value)), str(value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return text.strip() == str(value).strip()
     if text == str(value):
