@@ -74,7 +74,8 @@ def probe(
     asked = read_facts(facts, template=_unescape(template), documents=texts, wordings=wordings)
     config = memory_settings(model, set_ or ())
     decoder, tokenizer = open_model(model, device=device)
-    decoder.float()  # many CPUs are slow in bf16, and a reader is packed so
+    if decoder.device.type == "cpu":
+        decoder.float()  # many CPUs are slow in bf16, and a reader is packed so
     with _progress("facts") as progress:
         summary = run_probe(
             decoder,
