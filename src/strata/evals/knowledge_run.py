@@ -24,6 +24,7 @@ from strata.evals.knowledge import KnowledgeProbe, KnowledgeSummary, ProbedFact,
 from strata.evals.scoring import Progress
 from strata.explicit.fingerprint import fingerprint
 from strata.explicit.settings import ExplicitMemoryConfig
+from strata.files import replace_text
 
 PROBE_NAME = "probe.json"
 FACTS_NAME = "facts.jsonl"
@@ -78,7 +79,7 @@ def run_probe(
                     progress(len(done), len(facts))
         summary = summarise([done[fact.id] for fact in facts])
         text = json.dumps(asdict(summary), ensure_ascii=False, indent=1)
-        (out / SUMMARY_NAME).write_text(text + "\n", encoding="utf-8")
+        replace_text(out / SUMMARY_NAME, text + "\n")
     return summary
 
 
@@ -88,7 +89,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, ProbedFact]:
     if not path.exists():
         if (out / FACTS_NAME).exists():
             raise ConfigError(f"{out} holds facts of no probe: give another --out")
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(settings, indent=1) + "\n")
         return {}
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +111,7 @@ def _read_facts(path: Path) -> dict[str, ProbedFact]:
     text = path.read_text(encoding="utf-8", errors="replace")
     whole, _, cut_off = text.rpartition("\n")
     if cut_off:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        replace_text(path, whole + "\n" if whole else "")
     try:
         facts = [ProbedFact(**json.loads(line)) for line in whole.split("\n") if line]
         good = all(_are_probabilities(fact) for fact in facts)

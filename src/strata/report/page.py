@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from strata.data.prepare import storage_errors
+from strata.files import replace_text
 from strata.report.find import find, labels, sections
 from strata.report.parts import Picture, Section, Table
 from strata.report.pictures import as_svg, save_png
@@ -59,7 +60,7 @@ def write_report(paths: Sequence[Path], *, out: Path, answers: int = ANSWERS) ->
                 pictures.append(out / f"{part.name}.png")
                 save_png(figure, pictures[-1])
         page = out / PAGE_NAME
-        page.write_text(_html(paths, made, drawn), encoding="utf-8")
+        replace_text(page, _html(paths, made, drawn))
     return Report(page, tuple(pictures), tuple(section.title for section in made))
 
 
