@@ -79,7 +79,8 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, y: str) -> Any:
                 axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=9)
         axes.set(ylabel=y, ylim=(0, 1.05))
         axes.set_xticks(range(len(groups)), list(groups))
-        if len(groups) > 5 or max(map(len, groups)) > 12:
+        longest = max(map(len, groups))
+        if longest > 12 or (len(groups) > 5 and longest > 4):
             axes.tick_params(axis="x", rotation=40)
             for label in axes.get_xticklabels():
                 label.set_horizontalalignment("right")

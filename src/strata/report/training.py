@@ -13,6 +13,7 @@ from strata.report.source import Node, Run
 
 METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
+_MOST_SAID = 6  # lines whose first and last values are said
 _HEALTH = {
     "rows_used": "share of rows in use",
     "entropy": "evenness of use, 1 is even",
@@ -191,6 +192,8 @@ def _picture(
     ends = "; ".join(
         f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in drawn.items()
     )
+    if len(drawn) > _MOST_SAID:
+        ends = ", ".join(label for label in drawn if label not in dashed)
     draw = partial(pictures.curves, drawn, x=x, y=y, dashed=dashed, share=share)
     return Picture(name, title, draw, places, f"{title}: {ends}.")
 
