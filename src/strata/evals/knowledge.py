@@ -187,9 +187,18 @@ class KnowledgeProbe:
         for fact, own in zip(facts, alone, strict=True):
             by_text = {name: next(text) for name in fact.texts}
             by_memory = {name: next(explicit) for name in fact.texts}
-            kinds = (classify(own, list(by.values())) for by in (by_text, by_memory))
-            said = fact.id, fact.prompt, fact.answer
-            probed.append(ProbedFact(*said, *kinds, own, by_text, by_memory))
+            probed.append(
+                ProbedFact(
+                    id=fact.id,
+                    prompt=fact.prompt,
+                    answer=fact.answer,
+                    kind=classify(own, list(by_text.values())),
+                    kind_explicit=classify(own, list(by_memory.values())),
+                    alone=own,
+                    text=by_text,
+                    explicit=by_memory,
+                )
+            )
         return probed
 
     def _asked(self, fact: Fact, text: str | None = None) -> Completion:
