@@ -18,7 +18,7 @@ _DASHES = ("-", "--", ":", "-.")
 _SIZE_INCHES = (4.8, 3.3)  # legible as wide as a phone
 _INK = "#010203"  # nearly black; in a page the colour of its text stands for it
 _MOST_SHAPES = 500  # more points than these are a picture within the picture
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib types its keys one by one
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
