@@ -56,6 +56,8 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "corpus" / "a.jsonl").write_text(rows, encoding="utf-8")
     question = {"prompt": "The capital of Peru is", "answer": " Lima."}
     (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
+    fact = question | {"texts": ["The capital of Peru is Lima.", "Lima is the capital of Peru."]}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact) + "\n", encoding="utf-8")
 
     shown = commands()
     assert [arguments[1] for arguments in shown] == [
@@ -64,6 +66,7 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "train",
         "generate",
         "eval",
+        "report",
         "train",
         "train",
         "quantize",
@@ -73,6 +76,7 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "bank",
         "bank",
         "ask",
+        "knowledge",
     ]
     for arguments in shown:
         trains = arguments[1] == "train" and "--dry-run" not in arguments

@@ -205,8 +205,9 @@ def test_the_first_reference_that_says_it_is_cited(said: _Said) -> None:
     ]
     records = [
         Asked(
-            question.id, name, said.explicit if name == "explicit" else "other", False, False,
-            None, True, 1.0, None, (),
+            question.id, question.prompt, question.answers, name,
+            said.explicit if name == "explicit" else "other", False, False, None, True, 1.0, None,
+            (),
         )
         for name in FORMATS
     ]  # fmt: skip

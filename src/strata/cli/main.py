@@ -18,6 +18,7 @@ from strata.cli.data import prepare_data, references
 from strata.cli.eval import ModelOrVerb, evaluate
 from strata.cli.eval_memory import evaluate_memory
 from strata.cli.generate import generate
+from strata.cli.knowledge import probe as knowledge_probe
 from strata.cli.launch import local as launch_local
 from strata.cli.launch import slurm as launch_slurm
 from strata.cli.quantize import quantize
@@ -26,6 +27,7 @@ from strata.cli.reader import data as reader_data
 from strata.cli.reader import evaluate as reader_eval
 from strata.cli.reader import pack as reader_pack
 from strata.cli.reader import train as reader_train
+from strata.cli.report import report
 from strata.cli.status import status
 from strata.cli.tokenizer import convert_tokenizer, fetch_tokenizer, train_tokenizer
 from strata.cli.train import train
@@ -41,6 +43,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(status)
+app.command()(report)
 app.command()(sft)
 app.command()(dpo)
 app.command()(generate)
@@ -64,6 +67,12 @@ cost_app.callback(invoke_without_command=True)(cost)
 cost_app.command("calibrate")(cost_calibrate)
 cost_app.command("plan")(cost_plan)
 app.add_typer(cost_app, name="cost")
+
+knowledge_app = typer.Typer(
+    help="What a model knows, and what it need not know.", no_args_is_help=True
+)
+knowledge_app.command("probe")(knowledge_probe)
+app.add_typer(knowledge_app, name="knowledge")
 
 data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=True)
 data_app.command("prepare")(prepare_data)

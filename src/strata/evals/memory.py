@@ -66,7 +66,7 @@ class Asked:
     """One question in one format.
 
     Attributes:
-        id: of the question.
+        id, prompt, answers: of the question.
         format: see the module.
         text: what the model wrote, its first line.
         exact, contains: it equals, or holds, an accepted answer, after normalisation.
@@ -78,6 +78,8 @@ class Asked:
     """
 
     id: str
+    prompt: str
+    answers: tuple[str, ...]
     format: str
     text: str
     exact: bool
@@ -379,6 +381,8 @@ def _ask(
     later_s = clock.at_s[-1] - clock.at_s[0]
     return Asked(
         id=question.id,
+        prompt=question.prompt,
+        answers=question.answers,
         format=way.name,
         text=line,
         exact=exact_match(line, question.answers),

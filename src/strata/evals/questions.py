@@ -61,17 +61,25 @@ def read_questions(path: str | Path, *, template: str = DEFAULT_TEMPLATE) -> lis
         DataError: the file is missing, empty or damaged, or a row lacks a field; the message
             names the line.
     """
+    return [question for question, _, _ in read_rows(path, template=template)]
+
+
+def read_rows(
+    path: str | Path, *, template: str = DEFAULT_TEMPLATE
+) -> list[tuple[Question, dict[str, Any], str]]:
+    """The same with all fields of each row, and where it stands: "FILE, line N"."""
     path = Path(path)
     if template.count("{question}") != 1:
         raise ConfigError(f"template {template!r} must hold {{question}} exactly once")
-    questions = [
-        _parse_row(line, template=template, where=f"{path}, line {number}", number=number)
-        for number, line in enumerate(_lines(path), start=1)
-        if line.strip()
-    ]
-    if not questions:
+    rows = []
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = _parse_json(line, where=where)
+            rows.append((_question(row, template=template, where=where, number=number), row, where))
+    if not rows:
         raise DataError(f"{path} holds no questions: one JSON object a line is needed")
-    return questions
+    return rows
 
 
 def normalise_answer(text: str) -> str:
@@ -127,8 +135,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path} is not a whole gzip file: fetch or compress it again") from None
 
 
-def _parse_row(line: bytes, *, template: str, where: str, number: int) -> Question:
-    row = _parse_json(line, where=where)
+def _question(row: dict[str, Any], *, template: str, where: str, number: int) -> Question:
     answers = _answers(row, where=where)
     identifier = str(row.get("id", number))
     source = _text(row, "source", where=where) if "source" in row else None
@@ -176,19 +183,19 @@ def _answers(row: dict[str, Any], *, where: str) -> tuple[str, ...]:
     given = row["answers"] if "answers" in row else [row["answer"]]
     if not isinstance(given, list) or not given:
         raise DataError(f"{where}: 'answers' must be a list of at least one string")
-    if not all(_is_text(answer) for answer in given):
+    if not all(is_text(answer) for answer in given):
         raise DataError(f"{where}: every answer must be a non-empty string, got {_shown(given)}")
     return tuple(dict.fromkeys(given))
 
 
 def _text(row: dict[str, Any], field: str, *, where: str) -> str:
     value = row[field]
-    if not _is_text(value):
+    if not is_text(value):
         raise DataError(f"{where}: {field!r} must be a non-empty string, got {_shown(value)}")
     return value
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """A string that is not blank and has no lone surrogate (JSON can escape one; UTF-8 cannot)."""
     return (
         isinstance(value, str)

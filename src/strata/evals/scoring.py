@@ -45,11 +45,13 @@ class CompletionScore:
         nats: negative log-likelihood of the completion's tokens, the terminator left out.
         num_tokens: tokens of the completion, the terminator left out.
         greedy: greedy decoding from the prompt gives these tokens, then a terminator.
+        token_nats: of each token, in order.
     """
 
     nats: float
     num_tokens: int
     greedy: bool
+    token_nats: tuple[float, ...]
 
 
 def score_completions(
@@ -221,7 +223,7 @@ def _score_answer(logits_av: Tensor, completion: Completion, *, ends: Tensor) ->
         raise ModelError(f"the model's logits are not numbers at {completion.name}: it is damaged")
     picks_a = logits_av.argmax(dim=-1)
     greedy = bool((picks_a[:-1] == tokens_a).all()) and bool(torch.isin(picks_a[-1], ends))
-    return CompletionScore(nats=nats, num_tokens=len(completion.tokens), greedy=greedy)
+    return CompletionScore(nats, len(completion.tokens), greedy, tuple(nats_a.tolist()))
 
 
 def _length(completion: Completion) -> int:

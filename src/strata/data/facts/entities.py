@@ -68,6 +68,18 @@ def state(wording: str, subject: str, answer: str) -> str:
     return sentence[:-1] if sentence.endswith("..") else sentence
 
 
+def asked_fact(question: str, relation: str, answers: Iterable[str]) -> EntityFact | None:
+    """The fact that a question in one of its relation's wordings asks for, or None."""
+    wordings = WORDINGS.get(relation)
+    for template in () if wordings is None else wordings.questions:
+        before, after = template.split("{s}")
+        if question.startswith(before) and question.endswith(after):
+            subject = question[len(before) : len(question) - len(after)].strip()
+            if subject:
+                return EntityFact(subject, relation, tuple(answers))
+    return None
+
+
 def load_facts(
     folder: Path | None = None, *, max_bytes: int
 ) -> tuple[list[EntityFact], list[EntityFact], int]:
