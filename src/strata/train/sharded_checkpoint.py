@@ -20,7 +20,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from strata.errors import CheckpointError
 from strata.layers import ShardedTable, value_tables
-from strata.train.checkpoint import SHARDED_NAME, Checkpoint, CheckpointFolder, describe
+from strata.train.checkpoint import (
+    SHARDED_NAME,
+    Checkpoint,
+    CheckpointFolder,
+    TensorGroups,
+    describe,
+)
 from strata.train.optim import RowOptimizer
 from strata.train.state import (
     DENSE,
@@ -39,7 +45,11 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 def save(
-    checkpoints: CheckpointFolder, step: int, groups: Groups, state: Mapping[str, Any], world: World
+    checkpoints: CheckpointFolder,
+    step: int,
+    groups: TensorGroups,
+    state: Mapping[str, Any],
+    world: World,
 ) -> None:
     """Write one checkpoint from all processes, each its own part.
 
@@ -53,7 +63,7 @@ def save(
             if world.is_main:
                 checkpoints.begin(step)
         with world.together():
-            _quietly(lambda: dcp.save(tree, checkpoint_id=unfinished))
+            _quietly(lambda: dcp.save(tree, checkpoint_id=unfinished, process_group=world.group))
             mine = [path.name for path in unfinished.glob(f"__{world.rank}_*.distcp")]
             mine += [SHARDED_NAME] * world.is_main
             files = describe(unfinished, mine)
@@ -172,7 +182,7 @@ class _Single:
                 _put(targets[name], tensor)
 
 
-def _flat(groups: Groups) -> dict[str, Tensor]:
+def _flat(groups: TensorGroups) -> dict[str, Tensor]:
     return {f"{group}/{n}": t.detach() for group, of in groups.items() for n, t in of.items()}
 
 
