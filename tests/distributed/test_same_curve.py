@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from strata.config import load_config
 from strata.train import Recipe, read_metrics, train
 from strata.train.checkpoint import CheckpointFolder
+from strata.train.convert import convert
+from strata.train.state import DENSE, MODEL, RNG, VALUES
 
 MakeRecipe = Callable[..., Recipe]
 WORKER = Path(__file__).parent / "worker.py"
@@ -150,7 +152,7 @@ def test_a_killed_run_goes_on_with_other_processes(
 def test_checkpoints_beside_training_are_those_that_it_waits_for(
     tiny_recipe_file: Path, tmp_path: Path
 ) -> None:
-    """Two processes, losses and loaded tensors; one dies while step 8 is written, and step 4 is."""
+    """Two processes; one dies while step 8 is written, and step 4 is, which then is converted."""
     beside, keep = "run.checkpoint_async=true", "run.keep_checkpoints=null"
     jobs = [
         [str(tmp_path / "waited"), [keep], None],
@@ -164,8 +166,19 @@ def test_checkpoints_beside_training_are_those_that_it_waits_for(
         for name, tensor in waited.items():
             assert tensor.equal(written[name]), name
     assert CheckpointFolder(tmp_path / "killed" / "checkpoints").steps() == [4]
-    train(load_config(Recipe, tiny_recipe_file, [f"run.dir={tmp_path / 'killed'}"]), progress=False)
+    convert(tmp_path / "killed", tmp_path / "converted", to="single")
+    single = CheckpointFolder(tmp_path / "converted" / "checkpoints").open(4)
+    for group in (MODEL, DENSE, VALUES):
+        for name, tensor in single.tensors(group):
+            assert tensor.equal(loaded(tmp_path / "waited", 4)[f"{group}/{name}"])
+    for name in ("killed", "converted"):
+        options = [f"run.dir={tmp_path / name}"]
+        train(load_config(Recipe, tiny_recipe_file, options), progress=False)
     assert_same_curve(tmp_path / "killed", tmp_path / "waited")
+    one, other = (tmp_path / n / "checkpoints/step_00000012" for n in ("killed", "converted"))
+    for group in (MODEL, DENSE, VALUES, RNG):
+        files = [folder / f"{group}.safetensors" for folder in (one, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def loaded(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
