@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from strata.config import load_config
 from strata.train import Recipe, read_metrics, train
 from strata.train.checkpoint import CheckpointFolder
+from strata.train.convert import convert
+from strata.train.state import DENSE, MODEL, RNG, VALUES
 
 MakeRecipe = Callable[..., Recipe]
 WORKER = Path(__file__).parent / "worker.py"
@@ -143,6 +147,47 @@ def test_a_killed_run_goes_on_with_other_processes(
     assert launch(tiny_recipe_file, jobs, processes=2) == 0
     for name in (*halves, "one_then_two"):
         assert_same_curve(tmp_path / name, whole)
+
+
+def test_checkpoints_beside_training_are_those_that_it_waits_for(
+    tiny_recipe_file: Path, tmp_path: Path
+) -> None:
+    """Two processes; one dies while step 8 is written, and step 4 is, which then is converted."""
+    beside, keep = "run.checkpoint_async=true", "run.keep_checkpoints=null"
+    jobs = [
+        [str(tmp_path / "waited"), [keep], None],
+        [str(tmp_path / "beside"), [keep, beside], None],
+        [str(tmp_path / "killed"), [keep, beside], [1, 11, 8]],
+    ]
+    assert launch(tiny_recipe_file, jobs, processes=2) != 0
+    for step in (4, 8, 12):
+        waited, written = (loaded(tmp_path / name, step) for name in ("waited", "beside"))
+        assert waited.keys() == written.keys()
+        for name, tensor in waited.items():
+            assert tensor.equal(written[name]), name
+    assert CheckpointFolder(tmp_path / "killed" / "checkpoints").steps() == [4]
+    convert(tmp_path / "killed", tmp_path / "converted", to="single")
+    single = CheckpointFolder(tmp_path / "converted" / "checkpoints").open(4)
+    for group in (MODEL, DENSE, VALUES):
+        for name, tensor in single.tensors(group):
+            assert tensor.equal(loaded(tmp_path / "waited", 4)[f"{group}/{name}"])
+    for name in ("killed", "converted"):
+        options = [f"run.dir={tmp_path / name}"]
+        train(load_config(Recipe, tiny_recipe_file, options), progress=False)
+    assert_same_curve(tmp_path / "killed", tmp_path / "waited")
+    one, other = (tmp_path / n / "checkpoints/step_00000012" for n in ("killed", "converted"))
+    for group in (MODEL, DENSE, VALUES, RNG):
+        files = [folder / f"{group}.safetensors" for folder in (one, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def loaded(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a sharded checkpoint, each whole."""
+    folder = CheckpointFolder(run_dir / "checkpoints").open(step).path
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
 
 
 def _stop_at(step: int) -> Callable[..., None]:

@@ -81,6 +81,8 @@ def _held(recipe: Recipe, found: Footprint) -> Table:
                 table.add_row(f"{part.kind} ({title})", amount(part.num_bytes))
     table.add_section()
     table.add_row("most at once", amount(found.peak_bytes))
+    if found.copied_bytes:
+        table.add_row("copy of a checkpoint, in CPU memory", amount(found.copied_bytes))
     return table
 
 

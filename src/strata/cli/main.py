@@ -11,6 +11,7 @@ import typer
 from strata.cli.ask import ask, chat
 from strata.cli.bank import VERBS as BANK_VERBS
 from strata.cli.bench import bench_decode, bench_memory, bench_ops, bench_train
+from strata.cli.checkpoint import convert as convert_checkpoint
 from strata.cli.cost import calibrate as cost_calibrate
 from strata.cli.cost import cost
 from strata.cli.cost_plan import plan as cost_plan
@@ -78,6 +79,10 @@ data_app = typer.Typer(help="Documents to shards of tokens.", no_args_is_help=Tr
 data_app.command("prepare")(prepare_data)
 data_app.command("references")(references)
 app.add_typer(data_app, name="data")
+
+checkpoint_app = typer.Typer(help="Checkpoints of training.", no_args_is_help=True)
+checkpoint_app.command("convert")(convert_checkpoint)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 launch_app = typer.Typer(
     help="Training as a Slurm job, or in several processes.", no_args_is_help=True

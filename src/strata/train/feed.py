@@ -48,7 +48,7 @@ class Feed:
         if world is not None:
             share = world.share_of(config.batch_size, name="data.batch_size")
             config = config.model_copy(update={"batch_size": share})
-        self.tokenizer = _open_tokenizer(recipe.data.dir)
+        self.tokenizer = open_tokenizer(recipe.data.dir)
         self._loader = Loader(
             TokenDataset.open(recipe.data.dir, split="train"), config, rank=rank, world_size=size
         )
@@ -121,7 +121,12 @@ def _train_sha256(data_dir: Path) -> str:
     return hashlib.sha256(entry.model_dump_json().encode()).hexdigest()
 
 
-def _open_tokenizer(data_dir: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(data_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of prepared data.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
     folder = data_dir / "tokenizer"
     if not folder.is_dir():
         raise DataError(

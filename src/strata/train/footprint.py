@@ -23,6 +23,7 @@ from strata.train.traffic import BACKENDS, Backend, exchanges, sent_bytes
 
 # When it is held: all the time, until a backward pass has ended, or while rows are updated.
 ALWAYS, PASSES, ROWS = "always", "passes", "rows"
+QUEUED = "queued uses of rows"
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,14 @@ class Footprint:
         shares: who shares what.
         held: by kind.
         sent: bytes a step by kind, as rings send them and as gloo does.
+        copied_bytes: of what is copied to CPU memory while a checkpoint is written beside training
+            (`run.checkpoint_async`); not part of the peak.
     """
 
     shares: Shares
     held: list[Held]
     sent: dict[Backend, dict[str, int]]
+    copied_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -70,6 +74,7 @@ class Footprint:
                 **{_key(part.kind): part.num_bytes for part in self.held},
                 "peak": self.peak_bytes,
             },
+            "checkpoint_copy_bytes": self.copied_bytes,
             "sent_bytes_per_step": {
                 backend: {
                     **{_key(kind): num_bytes for kind, num_bytes in kinds.items()},
@@ -114,7 +119,13 @@ def footprint(
         Held("activations", waiting.saved_bytes, PASSES),
         Held("weights copied by autocast", waiting.copied_bytes, PASSES),
     ]
-    return Footprint(shares, [part for part in parts if part.num_bytes], sent)
+    saved = sum(p.num_bytes for p in parts if p.when == ALWAYS and p.kind != QUEUED)
+    return Footprint(
+        shares,
+        [part for part in parts if part.num_bytes],
+        sent,
+        copied_bytes=saved if recipe.run.checkpoint_async else 0,
+    )
 
 
 def _dense(model: PreTrainedModel, shares: Shares) -> list[Held]:
@@ -161,7 +172,7 @@ def _tables(model: PreTrainedModel, recipe: Recipe, shares: Shares) -> list[Held
     return [
         Held("value tables", values, ALWAYS),
         Held("row optimizer state", state, ALWAYS),
-        Held("queued uses of rows", queued, ALWAYS),
+        Held(QUEUED, queued, ALWAYS),
         Held("picks of the memory group", _group_bytes(layers, shares), PASSES),
         Held("counts of rows read", sum(4 * x.tables[0].num_rows for x in counted), PASSES),
         Held("row gradients", updates, ROWS),

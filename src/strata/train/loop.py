@@ -29,7 +29,7 @@ from strata.errors import ConfigError, DivergenceError
 from strata.layers import health, sum_usage, track_usage
 from strata.models import build
 from strata.train import sharded_checkpoint
-from strata.train.checkpoint import Checkpoint
+from strata.train.checkpoint import Checkpoint, TensorGroups
 from strata.train.continual import ContinualReading
 from strata.train.feed import Batch, Feed
 from strata.train.labels import count_labels, head_reads_only, label_tokens
@@ -44,6 +44,7 @@ from strata.train.metrics import (
 from strata.train.optim import RowOptimizer, optimizers
 from strata.train.recipe import Recipe
 from strata.train.run import RunFolder, StopRequest
+from strata.train.saving import Saving
 from strata.train.schedule import learning_rate_factor
 from strata.train.sharded_rows import ShardedRowOptimizer
 from strata.train.sharding import add_up_gradients, spread, sums_last, whole_norm
@@ -161,12 +162,13 @@ def train(
             if fresh and world.is_main:
                 folder.clear()
         training = start_or_resume(recipe, folder=folder, feed=feed, world=world)
+        saving = stack.enter_context(Saving(world, beside=run.checkpoint_async))
         done = training.done
         with world.together():
             if world.is_main:
                 folder.write_recipe()
         with open_report(training, progress=progress) as report, stop:
-            while done.step < run.steps and not world.any(stop.reason is not None):
+            while done.step < run.steps and not world.any(stop.reason is not None or saving.failed):
                 start_s = time.perf_counter()
                 record = take_step(training)
                 last = done.step == run.steps
@@ -179,11 +181,11 @@ def train(
                 if wanted or is_due(done.step, run.log_every, last=last):
                     report.write(record)
                 if is_due(done.step, run.checkpoint_every, last=last):
-                    save_checkpoint(training)
+                    save_checkpoint(training, saving, at_once=last)
                 if on_step is not None:
                     observe(on_step, training, record)
 
-            save_checkpoint(training)
+            save_checkpoint(training, saving, at_once=True)
             reasons = [reason for reason in world.gather(stop.reason) if reason]
             if done.step < run.steps:
                 report.say(
@@ -367,8 +369,13 @@ def validate(training: Training) -> float:
     return total / max(1, num_labels)
 
 
-def save_checkpoint(training: Training) -> None:
-    """Write a checkpoint of the current step, unless it has one."""
+def save_checkpoint(training: Training, saving: Saving, *, at_once: bool) -> None:
+    """Write a checkpoint of the current step, unless it has one, when the pending one is whole.
+
+    Raises:
+        StorageError: one of them cannot be written.
+    """
+    saving.wait()
     done, checkpoints = training.done, training.folder.checkpoints
     if done.step == 0 or done.step in checkpoints.steps():
         return
@@ -380,12 +387,20 @@ def save_checkpoint(training: Training) -> None:
         "optimizers": optimizer_numbers(training.optimizers),
     }
     model, optimizers, world = training.model, training.optimizers, training.world
-    if world.size == 1:
-        groups = tensor_groups(model, optimizers, device=training.device)
-        checkpoints.save(done.step, groups=groups, state=state)
-    else:
-        parts = sharded_checkpoint.spread_groups(model, optimizers, world)
-        sharded_checkpoint.save(checkpoints, done.step, parts, state, world)
+    step = done.step
+
+    def write(groups: TensorGroups) -> None:
+        if world.size == 1:
+            checkpoints.save(step, groups=groups, state=state)
+        else:
+            sharded_checkpoint.save(checkpoints, step, groups, state, saving.world)
+
+    groups = (
+        tensor_groups(model, optimizers, device=training.device)
+        if world.size == 1
+        else sharded_checkpoint.spread_groups(model, optimizers, world)
+    )
+    saving.start(write, groups, at_once=at_once)
 
 
 def save_model(training: Training) -> None:

@@ -42,6 +42,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "run.validate_batches",
         "run.checkpoint_every",
         "run.keep_checkpoints",
+        "run.checkpoint_async",
         "run.tensorboard",
         "run.wandb",
     }
@@ -121,6 +122,8 @@ class RunConfig(FrozenConfig):
             validation split; None never validates.
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: newest checkpoints to keep; None keeps all.
+        checkpoint_async: copy what is saved to CPU memory and write it beside the steps that
+            follow, instead of waiting; takes that memory while it writes.
         tensorboard: also write TensorBoard events (needs tensorboard).
         wandb: also log to this Weights & Biases project (needs wandb).
     """
@@ -140,6 +143,7 @@ class RunConfig(FrozenConfig):
     validate_batches: PositiveInt = 16
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt | None = 2
+    checkpoint_async: bool = False
     tensorboard: bool = False
     wandb: str | None = Field(default=None, min_length=1)
 

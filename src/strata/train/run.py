@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from strata.train.tune.recipe import TuneRecipe
 
 LOCK_NAME = ".lock"
-_TEMPORARY_MODEL = ".unfinished_model"
+_UNFINISHED = ".unfinished_"
 _LOCK_WAIT_S = 0.2  # how long a lock may be held by someone who only looks, see `is_held`
 
 
@@ -79,7 +79,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else that lies in the folder."""
-        for name in ("checkpoints", "model", "tensorboard", _TEMPORARY_MODEL):
+        for name in ("checkpoints", "model", "tensorboard", f"{_UNFINISHED}model"):
             shutil.rmtree(self.dir / name, ignore_errors=True)
         for name in (RECIPE_NAME, METRICS_NAME, "wandb_id"):
             (self.dir / name).unlink(missing_ok=True)
@@ -101,7 +101,7 @@ class RunFolder:
         if not steps:
             return None
         checkpoint = self.checkpoints.open(steps[-1], part=part, parts=parts)
-        require_same_run(_stored_recipe(checkpoint), self.recipe)
+        require_same_run(stored_recipe(checkpoint), self.recipe)
         return checkpoint
 
     def write_recipe(self) -> None:
@@ -112,20 +112,34 @@ class RunFolder:
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the finished model and its tokenizer, whole or not at all."""
-        temporary = self.dir / _TEMPORARY_MODEL
-        shutil.rmtree(temporary, ignore_errors=True)
-        with storage_errors(
-            f"saving {self.model_dir}", consequence="the checkpoint of the last step is intact"
-        ):
-            try:
-                model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-        if self.model_dir.exists():
-            shutil.rmtree(self.model_dir)
-        temporary.rename(self.model_dir)
+        write_model(
+            self.model_dir,
+            model,
+            tokenizer,
+            consequence="the checkpoint of the last step is intact",
+        )
+
+
+def write_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, consequence: str
+) -> None:
+    """Write a model and its tokenizer, whole or not at all, in the place of what is there.
+
+    Raises:
+        StorageError: it cannot be written; the line ends with the consequence.
+    """
+    temporary = folder.with_name(f"{_UNFINISHED}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with storage_errors(f"saving {folder}", consequence=consequence):
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
 
 
 def is_held(run_dir: Path) -> bool:
@@ -213,7 +227,12 @@ def require_one_process(verb: str) -> None:
         )
 
 
-def _stored_recipe(checkpoint: Checkpoint) -> Recipe:
+def stored_recipe(checkpoint: Checkpoint) -> Recipe:
+    """The recipe of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: another version of strata did.
+    """
     try:
         return validate(Recipe, checkpoint.state["recipe"], origin=str(checkpoint.path))
     except ConfigError as error:

@@ -8,11 +8,14 @@ and each kind goes on as the other: a run may go from one process to eight and b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -20,7 +23,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from strata.errors import CheckpointError
 from strata.layers import ShardedTable, value_tables
-from strata.train.checkpoint import SHARDED_NAME, Checkpoint, CheckpointFolder, describe
+from strata.train.checkpoint import (
+    SHARDED_NAME,
+    Checkpoint,
+    CheckpointFolder,
+    TensorGroups,
+    describe,
+)
 from strata.train.optim import RowOptimizer
 from strata.train.state import (
     DENSE,
@@ -39,7 +48,11 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 def save(
-    checkpoints: CheckpointFolder, step: int, groups: Groups, state: Mapping[str, Any], world: World
+    checkpoints: CheckpointFolder,
+    step: int,
+    groups: TensorGroups,
+    state: Mapping[str, Any],
+    world: World,
 ) -> None:
     """Write one checkpoint from all processes, each its own part.
 
@@ -53,7 +66,10 @@ def save(
             if world.is_main:
                 checkpoints.begin(step)
         with world.together():
-            _quietly(lambda: dcp.save(tree, checkpoint_id=unfinished))
+            _quietly(
+                lambda: dcp.save(tree, checkpoint_id=unfinished, process_group=world.group),
+                alone=world.mesh is None,
+            )
             mine = [path.name for path in unfinished.glob(f"__{world.rank}_*.distcp")]
             mine += [SHARDED_NAME] * world.is_main
             files = describe(unfinished, mine)
@@ -95,7 +111,7 @@ def restore(
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
-    source = _Sharded(checkpoint) if checkpoint.is_sharded else _Single(checkpoint)
+    source = open_tensors(checkpoint)
     _make_state(source, model, optimizers)
     groups = spread_groups(model, optimizers, world)
     random = groups.pop(RNG)
@@ -110,13 +126,23 @@ def restore(
         set_rng_state({name.split(".")[0]: t for name, t in random.items()}, world.device)
     else:
         step = int(checkpoint.state["progress"]["step"])
-        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + world.rank)
+        torch.manual_seed(seed_after(seed, step=step, rank=world.rank))
+
+
+def seed_after(seed: int, *, step: int, rank: int) -> int:
+    """What names the random numbers of a process that a checkpoint does not know."""
+    return (seed * 1_000_003 + step) * 1_009 + rank
+
+
+def open_tensors(checkpoint: Checkpoint) -> _Sharded | _Single:
+    """What reads the tensors of a checkpoint, of whichever kind."""
+    return _Sharded(checkpoint) if checkpoint.is_sharded else _Single(checkpoint)
 
 
 def read_model(folder: Path, model: nn.Module) -> None:
     """Put a sharded checkpoint's weights into a whole model, in this process alone."""
     tree = {f"{MODEL}/{name}": weight.detach() for name, weight in named_weights(model).items()}
-    _quietly(lambda: dcp.load(tree, checkpoint_id=folder, no_dist=True))
+    _load(tree, folder, alone=True)
 
 
 class _Sharded:
@@ -128,27 +154,37 @@ class _Sharded:
             metadata = dcp.FileSystemReader(checkpoint.path).read_metadata()
         except Exception as error:  # whatever unpickling raises
             raise checkpoint.mismatch(".metadata", f"not DCP's ({type(error).__name__})") from None
-        self._shapes = {
-            name: tuple(entry.size)
+        self._entries = {
+            name: entry
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
 
     @property
     def num_processes(self) -> int:
-        return len(self.shapes(RNG).keys() & {f"cpu.{n}" for n in range(len(self._shapes))})
+        return len(self.shapes(RNG).keys() & {f"cpu.{n}" for n in range(len(self._entries))})
 
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
-        start = f"{group}/"
-        return {n.removeprefix(start): s for n, s in self._shapes.items() if n.startswith(start)}
+        return {name: tuple(entry.size) for name, entry in self._of(group).items()}
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """All of a group, each whole, on the CPU."""
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in self._of(group).items()
+        }
+        self.fill({group: tensors})
+        return tensors
 
     def check(self, group: str, targets: Mapping[str, Tensor]) -> None:
         _check(self._checkpoint, group, self.shapes(group), targets)
 
     def fill(self, groups: Groups) -> None:
-        tree = _flat(groups)
-        alone = not torch.distributed.is_initialized()
-        _quietly(lambda: dcp.load(tree, checkpoint_id=self._checkpoint.path, no_dist=alone))
+        _load(_flat(groups), self._checkpoint.path, alone=not dist.is_initialized())
+
+    def _of(self, group: str) -> dict[str, TensorStorageMetadata]:
+        start = f"{group}/"
+        return {n.removeprefix(start): e for n, e in self._entries.items() if n.startswith(start)}
 
 
 class _Single:
@@ -162,6 +198,10 @@ class _Single:
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in self._checkpoint.tensors(group)}
 
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """All of a group."""
+        return dict(self._checkpoint.tensors(group))
+
     def check(self, group: str, targets: Mapping[str, Tensor]) -> None:
         _check(self._checkpoint, group, self.shapes(group), targets)
 
@@ -172,7 +212,7 @@ class _Single:
                 _put(targets[name], tensor)
 
 
-def _flat(groups: Groups) -> dict[str, Tensor]:
+def _flat(groups: TensorGroups) -> dict[str, Tensor]:
     return {f"{group}/{n}": t.detach() for group, of in groups.items() for n, t in of.items()}
 
 
@@ -236,10 +276,18 @@ def _make_state(source: _Sharded | _Single, model: nn.Module, optimizers: Optimi
                 dense.state[weight][key] = like.detach()
 
 
-def _quietly(write: Callable[[], Any]) -> None:
+def _load(tree: dict[str, Tensor], folder: Path, *, alone: bool) -> None:
+    _quietly(lambda: dcp.load(tree, checkpoint_id=folder, no_dist=alone), alone=alone)
+
+
+def _quietly(call: Callable[[], Any], *, alone: bool) -> None:
     """Run a DCP call; its exception names every rank's, of which one says enough."""
     try:
-        write()
+        with ExitStack() as stack:
+            if alone:  # never while another thread saves: filters are the whole process's
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            call()
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, OSError):

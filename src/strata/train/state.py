@@ -58,7 +58,7 @@ def restore(
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
-    _restore_weights(checkpoint, model)
+    restore_weights(checkpoint, model)
     names = weight_names(model)
     for group, optimizer in optimizers.items():
         _restore_optimizer(checkpoint, group, optimizer, names)
@@ -110,7 +110,12 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copy a checkpoint's weights into a model.
+
+    Raises:
+        CheckpointError: one is missing, unknown or of another shape.
+    """
     weights = named_weights(model)
     missing = set(weights)
     for name, tensor in checkpoint.tensors(MODEL):

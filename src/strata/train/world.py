@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, cast
 
@@ -51,10 +51,12 @@ class World:
     Attributes:
         device: of this process.
         mesh: (replica, memory); None for one process.
+        group: over which all processes tell each other what they know; None is torch's default.
     """
 
     device: torch.device
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     @property
     def rank(self) -> int:
@@ -86,13 +88,13 @@ class World:
         if self.mesh is None:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return cast(list[float], total.tolist())
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """The same for a tensor, in place."""
         if self.mesh is not None:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -104,13 +106,20 @@ class World:
         if self.mesh is None:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.mesh is not None:
-            dist.barrier()
+            dist.barrier(self.group)
+
+    def beside(self) -> World:
+        """The same processes for a second thread, on CPUs; every process calls it."""
+        if self.mesh is None:
+            return self
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return replace(self, device=torch.device("cpu"), group=group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
