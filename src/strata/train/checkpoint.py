@@ -15,7 +15,6 @@ A checkpoint is written into a hidden sibling, flushed to disk and renamed, so t
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from strata.errors import CheckpointError, StorageError
+from strata.files import sha256_of, sync
 
 FORMAT = "strata-checkpoint"
 FORMAT_VERSION = 1
@@ -138,7 +138,7 @@ class CheckpointFolder:
         (unfinished / STATE_NAME).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         _write_manifest(unfinished, step, {**files, **describe(unfinished, [STATE_NAME])})
         unfinished.rename(self.path(step))
-        _sync(self.folder)
+        sync(self.folder)
         self._delete_oldest()
 
     def open(self, step: int, *, part: int = 0, parts: int = 1) -> Checkpoint:
@@ -252,8 +252,8 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     files: dict[str, Entry] = {}
     for name in sorted(names):
         path = folder / name
-        _sync(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return files
 
 
@@ -261,8 +261,8 @@ def _write_manifest(folder: Path, step: int, files: Mapping[str, Entry]) -> None
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "files": files}
     manifest_path = folder / MANIFEST_NAME
     manifest_path.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    _sync(manifest_path)
-    _sync(folder)
+    sync(manifest_path)
+    sync(folder)
 
 
 def _read_manifest(path: Path, *, remedy: str) -> dict[str, Any]:
@@ -306,22 +306,5 @@ def _verify_file(path: Path, entry: Mapping[str, Any], *, remedy: str) -> None:
     num_bytes = path.stat().st_size
     if num_bytes != entry["bytes"]:
         raise damaged(path, f"{num_bytes} bytes, written as {entry['bytes']}", remedy=remedy)
-    if _sha256(path) != entry["sha256"]:
+    if sha256_of(path) != entry["sha256"]:
         raise damaged(path, "its bytes changed since it was written: sha256 differs", remedy=remedy)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to disk: a rename is only atomic over a power cut after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
