@@ -29,19 +29,22 @@ QWEN3 = ["model.host.model_type=qwen3", "model.host.head_dim=8"]
 QWEN2 = ["model.host.model_type=qwen2"]
 STEPS = ["run.steps=20", "run.validate_every=10", "run.validate_batches=2"]
 
+TWICE = ["run.accumulate=2", "model.gradient_checkpointing=true", "run.clip_norm=null"]
+BESIDE = ["memory.placement=beside", "memory.scalar_gate=sigmoid"]
+
+# A batch of one row, which two processes could not share in any other way.
 SOME: dict[str, list[str]] = {
+    "one_row": ["data.batch_size=1", *QWEN3],
+    "beside_twice": ["data.batch_size=1", *QWEN2, *BESIDE, *TWICE],
+}
+ALL: dict[str, list[str]] = {
     "memory": [],
+    "two_rows": ["data.batch_size=2"],
     "qwen3": QWEN3,
     "qwen2_dense": [*QWEN2, "memory=null"],
-    "beside": ["memory.placement=beside", "memory.scalar_gate=sigmoid"],
-    "peer_twice": [
-        "memory.kind=peer", "memory.gate=none", "run.accumulate=2", "run.clip_norm=null",
-        "model.gradient_checkpointing=true",
-    ],
-}  # fmt: skip
-ALL = SOME | {
+    "beside": BESIDE,
+    "peer_twice": ["memory.kind=peer", "memory.gate=none", *TWICE],
     "biases": ["model.host.attention_bias=true", "model.host.mlp_bias=true"],
-    "qwen2": QWEN2,
     "replicated": ["distributed.dense=replicated"],
     "replicated_qwen3": [*QWEN3, "distributed.dense=replicated"],
     "groups_of_two": ["distributed.memory_group=2"],
