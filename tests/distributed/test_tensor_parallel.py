@@ -84,9 +84,9 @@ def test_a_run_goes_on_with_layers_split_or_whole(
     train(tiny_recipe(keep, f"run.dir={whole}"), progress=False)
     jobs: list[Any] = [[str(tmp_path / "split"), [keep, TWO], None]]
     assert launch(tiny_recipe_file, jobs, processes=processes) == 0
-    for name, source in (("split", "split"), ("split_then_one", "split"), ("one", "whole")):
-        if name != source:
-            shutil.copytree(tmp_path / source, tmp_path / name)
+    shutil.copytree(tmp_path / "split", tmp_path / "split_then_one")
+    shutil.copytree(whole, tmp_path / "one")
+    for name in ("split", "split_then_one", "one"):
         for step in (8, 12):
             shutil.rmtree(CheckpointFolder(tmp_path / name / "checkpoints").path(step))
         shutil.rmtree(tmp_path / name / "model")

@@ -2,9 +2,9 @@
 
 transformers says for each host which projections are split by outputs and which by inputs
 (`base_model_tp_plan`); here they become smaller plain weights, so that FSDP2, AdamW and clipping
-take them as they take any other. Its own plumbing (`DistributedConfig`) makes DTensors on a mesh of
-their own, which fused AdamW and the gradient's norm do not mix with the rest, and splits what
-`from_pretrained` opens only. A memory layer is split by tokens: each process looks up its part of
+take them as they take any other. Its own plumbing (`DistributedConfig`) splits what
+`from_pretrained` opens only, and makes DTensors of some weights: torch takes no norm of gradients
+on two meshes, nor one, or a fused step, over DTensors and plain tensors. A memory layer is split by tokens: each process looks up its part of
 them, in tables whose columns lie with all processes of the memory group.
 
 Source: "Megatron-LM" (arXiv 1909.08053), section 3; for tokens, "Reducing Activation Recomputation
