@@ -4,8 +4,10 @@ transformers says for each host which projections are split by outputs and which
 (`base_model_tp_plan`); here they become smaller plain weights, so that FSDP2, AdamW and clipping
 take them as they take any other. Its own plumbing (`DistributedConfig`) splits what
 `from_pretrained` opens only, and makes DTensors of some weights: torch takes no norm of gradients
-on two meshes, nor one, or a fused step, over DTensors and plain tensors. A memory layer is split by tokens: each process looks up its part of
-them, in tables whose columns lie with all processes of the memory group.
+on two meshes, nor one, or a fused step, over DTensors and plain tensors.
+
+A memory layer is split by tokens: each process looks up its part of them, in tables whose columns
+lie with all processes of the memory group.
 
 Source: "Megatron-LM" (arXiv 1909.08053), section 3; for tokens, "Reducing Activation Recomputation
 in Large Transformer Models" (arXiv 2205.05198), section 4.2.2.
@@ -157,7 +159,7 @@ def _share(length: int, size: int, rank: int, *, name: str) -> slice:
 
 
 @torch.no_grad()
-def _part(whole: nn.Parameter, dim: int, part: slice) -> nn.Parameter:
+def _part(whole: Tensor, dim: int, part: slice) -> nn.Parameter:
     mine = whole[part] if dim == 0 else whole[:, part]
     return nn.Parameter(mine.clone(), requires_grad=whole.requires_grad)
 
