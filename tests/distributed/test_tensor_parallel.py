@@ -55,7 +55,8 @@ ALL: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.distributed)])
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
 def test_split_layers_learn_what_whole_ones_do(
     tiny_recipe: MakeRecipe, tiny_recipe_file: Path, tmp_path: Path, processes: int
 ) -> None:
