@@ -5,6 +5,10 @@ its own gradient: `gather` brings all tokens' picks to every process, `to_column
 turn whole vectors of some tokens into some columns of all tokens and back, `scatter_sum` adds up
 what the columns gave. All processes of a group have equally many tokens and call in the same order.
 
+Processes that read the same tokens have four others, each the gradient of another: `enter` and
+`leave` around what is split among them, `my_tokens` and `all_tokens` around what each does for a
+part of every sequence.
+
 Shapes: g processes, n tokens of each, p picks of a token, c = v / g columns of each.
 """
 
@@ -40,6 +44,26 @@ def to_tokens(columns: Tensor, group: Group) -> Tensor:
 def to_columns(tokens: Tensor, group: Group) -> Tensor:
     """(n, g * c): all columns of my tokens -> (g * n, c): my columns of all tokens."""
     return _ToColumns.apply(tokens, group)
+
+
+def enter(x: Tensor, group: Group) -> Tensor:
+    """What all have -> the same; what each owes to it is summed."""
+    return _Enter.apply(x, group)
+
+
+def leave(part: Tensor, group: Group) -> Tensor:
+    """The sum of what each has; its gradient, which all have, is that of each."""
+    return _Leave.apply(part, group)
+
+
+def my_tokens(whole: Tensor, group: Group) -> Tensor:
+    """(b, t, ...) that all have -> (b, t / g, ...): tokens of this process."""
+    return _MyTokens.apply(whole, group)
+
+
+def all_tokens(part: Tensor, group: Group) -> Tensor:
+    """(b, t / g, ...) of each -> (b, t, ...)."""
+    return _AllTokens.apply(part, group)
 
 
 class _Gather(torch.autograd.Function):
@@ -86,6 +110,49 @@ class _ToColumns(torch.autograd.Function):
         return _columns_together(grad, ctx.group), None
 
 
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        return _summed(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _MyTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _tokens_of(whole, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _tokens_together(grad, ctx.group), None
+
+
+class _AllTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _tokens_together(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _tokens_of(grad, ctx.group), None
+
+
 def _gathered(part: Tensor, group: Group) -> Tensor:
     whole = part.new_empty(group.size() * len(part), *part.shape[1:])
     all_gather(whole, part.contiguous(), group=group)
@@ -111,3 +178,18 @@ def _columns_apart(tokens: Tensor, group: Group) -> Tensor:
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
     return got.flatten(0, 1)
+
+
+def _summed(part: Tensor, group: Group) -> Tensor:
+    whole = part.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole, group=group)
+    return whole
+
+
+def _tokens_of(whole: Tensor, group: Group) -> Tensor:
+    return whole.unflatten(1, (group.size(), -1))[:, group.rank()].contiguous()
+
+
+def _tokens_together(part: Tensor, group: Group) -> Tensor:
+    whole = _gathered(part, group)
+    return whole.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2)

@@ -39,7 +39,7 @@ class Feed:
 
     def __init__(self, recipe: Recipe, world: World | None = None) -> None:
         self._recipe = recipe
-        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        rank, size = (0, 1) if world is None else (world.data_rank, world.data_size)
         self.references = (
             None if recipe.reading is None else References(recipe.reading, recipe.data)
         )

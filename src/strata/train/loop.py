@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from strata.errors import ConfigError, DivergenceError
@@ -47,7 +46,7 @@ from strata.train.run import RunFolder, StopRequest
 from strata.train.saving import Saving
 from strata.train.schedule import learning_rate_factor
 from strata.train.sharded_rows import ShardedRowOptimizer
-from strata.train.sharding import add_up_gradients, spread, sums_last, whole_norm
+from strata.train.sharding import add_up_gradients, clip, spread, sums_last
 from strata.train.state import DENSE, VALUES, Optimizers, optimizer_numbers, restore, tensor_groups
 from strata.train.world import World, open_world
 
@@ -200,6 +199,13 @@ def train(
 
 def start_or_resume(recipe: Recipe, *, folder: RunFolder, feed: Feed, world: World) -> Training:
     """Build the model and its optimizers, and bring them to the newest checkpoint's state."""
+    if world.tensor_group is not None and recipe.reading is not None:
+        world.refuse(
+            ConfigError(
+                "distributed.tensor_group cannot read references, whose memories have all heads: "
+                "set distributed.tensor_group=1"
+            )
+        )
     if world.size > 1 and recipe.reading is not None and recipe.distributed.dense == "fsdp":
         world.refuse(
             ConfigError(
@@ -212,7 +218,7 @@ def start_or_resume(recipe: Recipe, *, folder: RunFolder, feed: Feed, world: Wor
         torch.manual_seed(recipe.seed)
         model = build(recipe.model, recipe.memory, device=world.device, group=world.memory_group)
         feed.check_model(model)
-        spread(model, recipe.distributed, world)
+        spread(model, recipe.distributed, world, sequence_tokens=recipe.data.sequence_tokens)
     training = Training(
         recipe=recipe,
         folder=folder,
@@ -226,7 +232,7 @@ def start_or_resume(recipe: Recipe, *, folder: RunFolder, feed: Feed, world: Wor
     )
     if checkpoint is None:
         if world.size > 1:  # each draws its own dropout
-            torch.manual_seed(recipe.seed * 1_009 + world.rank)
+            torch.manual_seed(recipe.seed * 1_009 + world.data_rank)
     else:
         bring_back(checkpoint, training)
         feed.load_state_dict(checkpoint.state["feed"])
@@ -279,7 +285,7 @@ def take_step(training: Training) -> dict[str, Any]:
     record: dict[str, Any] = {"step": step, **numbers, **rates, "tokens": done.tokens}
     record["tokens_per_s"] = training.step_rates[-1]
     if watch_memory:
-        sum_usage(training.model, training.world.sum_tensor)
+        sum_usage(training.model, training.world.sum_everywhere)
         record["health"] = {name: asdict(of) for name, of in health(training.model).items()}
     return record
 
@@ -301,7 +307,7 @@ def backward(training: Training, micro_batches: Sequence[Batch]) -> Tensor:
         loss = summed_loss(training, batch) / max(1, num_labels)
         loss.backward()
         total += loss.detach()
-    add_up_gradients(dense_weights(training), world)
+    add_up_gradients(training.model, dense_weights(training), world)
     return world.sum_tensor(total)
 
 
@@ -316,7 +322,7 @@ def update(training: Training, loss: Tensor, *, step: int) -> dict[str, float]:
     """
     dense = training.optimizers[DENSE]
     limit = training.recipe.run.clip_norm or math.inf
-    dense_norm = whole_norm(clip_grad_norm_(dense_weights(training), limit))
+    dense_norm = clip(training.model, dense_weights(training), limit, training.world)
     # The step's one wait for the device, and before any weight has changed.
     loss_value, norm_value = torch.stack([loss, dense_norm.to(loss)]).tolist()
     numbers = {"loss": loss_value, "grad_norm": norm_value}

@@ -32,6 +32,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "reading.references",
         "distributed.memory_group",
         "distributed.dense",
+        "distributed.tensor_group",
         "run.dir",
         "run.device",
         "run.threads",

@@ -19,7 +19,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers import PreTrainedModel
 
 from strata.errors import CheckpointError
 from strata.layers import ShardedTable, value_tables
@@ -42,6 +44,7 @@ from strata.train.state import (
     set_rng_state,
     weight_names,
 )
+from strata.train.tensor_parallel import split_weights
 from strata.train.world import World
 
 Groups = dict[str, dict[str, Tensor]]
@@ -81,7 +84,7 @@ def save(
                 checkpoints.finish(step, state=state, files=all_files)
 
 
-def spread_groups(model: nn.Module, optimizers: Optimizers, world: World) -> Groups:
+def spread_groups(model: PreTrainedModel, optimizers: Optimizers, world: World) -> Groups:
     """All tensors of a run as the parts of whole ones that this process holds."""
     wrapped = _wrapper(model, world)
     names = weight_names(model)
@@ -92,12 +95,17 @@ def spread_groups(model: nn.Module, optimizers: Optimizers, world: World) -> Gro
             for weight in parameters(optimizer)
             for key, tensor in optimizer.state.get(weight, {}).items()
         }
-    groups[RNG] = {f"{name}.{world.rank}": t for name, t in rng_state(world.device).items()}
+    groups[RNG] = {f"{name}.{world.data_rank}": t for name, t in rng_state(world.device).items()}
     return groups
 
 
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizers: Optimizers, *, world: World, seed: int
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    optimizers: Optimizers,
+    *,
+    world: World,
+    seed: int,
 ) -> None:
     """Copy a checkpoint of either kind into the parts of a run that this process holds.
 
@@ -121,12 +129,12 @@ def restore(
     for group, optimizer in optimizers.items():
         if isinstance(optimizer, RowOptimizer):
             optimizer.go_on_after(int(checkpoint.state["optimizers"][group]["steps"]))
-    if source.shapes(RNG).keys() >= random.keys() and world.size == source.num_processes:
+    if source.shapes(RNG).keys() >= random.keys() and world.data_size == source.num_processes:
         source.fill({RNG: random})
         set_rng_state({name.split(".")[0]: t for name, t in random.items()}, world.device)
     else:
         step = int(checkpoint.state["progress"]["step"])
-        torch.manual_seed(seed_after(seed, step=step, rank=world.rank))
+        torch.manual_seed(seed_after(seed, step=step, rank=world.data_rank))
 
 
 def seed_after(seed: int, *, step: int, rank: int) -> int:
@@ -162,6 +170,7 @@ class _Sharded:
 
     @property
     def num_processes(self) -> int:
+        """How many read tokens of their own."""
         return len(self.shapes(RNG).keys() & {f"cpu.{n}" for n in range(len(self._entries))})
 
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
@@ -244,7 +253,7 @@ def _put(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
 
 
-def _wrapper(model: nn.Module, world: World) -> Callable[[Tensor, Tensor], Tensor]:
+def _wrapper(model: PreTrainedModel, world: World) -> Callable[[Tensor, Tensor], Tensor]:
     """What says of a weight, or of state shaped like it, which part of a whole it is."""
     sharded = {
         id(table.weight)
@@ -252,14 +261,35 @@ def _wrapper(model: nn.Module, world: World) -> Callable[[Tensor, Tensor], Tenso
         if isinstance(table, ShardedTable)
     }
 
+    split = {} if world.tensor_mesh is None else split_weights(model)
+
     def wrapped(weight: Tensor, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        if id(weight) not in sharded or tensor.shape != weight.shape:
+        if tensor.shape != weight.shape:
+            return tensor
+        if id(weight) in split:
+            return _of_whole(tensor, split[id(weight)], world.tensor_mesh)
+        if id(weight) not in sharded:
             return tensor
         placements = [Replicate(), Shard(1)]
         return DTensor.from_local(tensor, world.mesh, placements, run_check=False)
 
     return wrapped
+
+
+def _of_whole(tensor: Tensor, dim: int, mesh: DeviceMesh | None) -> DTensor:
+    """A part of a layer, or FSDP2's part of that, as a part of the whole."""
+    assert mesh is not None
+    shape = list(tensor.shape)
+    shape[dim] *= mesh.size(0)
+    return DTensor.from_local(
+        tensor.to_local() if isinstance(tensor, DTensor) else tensor,
+        mesh,
+        [Shard(dim), tensor.placements[0] if isinstance(tensor, DTensor) else Replicate()],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
 
 
 def _make_state(source: _Sharded | _Single, model: nn.Module, optimizers: Optimizers) -> None:

@@ -14,23 +14,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from strata.errors import ConfigError
 from strata.layers import RowTable, ShardedTable, ValueTable, replace_tables, value_tables
 from strata.layers.stored import training_error
+from strata.train.tensor_parallel import partly_used, split_layers, split_weights
 from strata.train.world import DistributedConfig, World
 
 BUCKET_BYTES = 32 << 20
 
 
-def spread(model: PreTrainedModel, config: DistributedConfig, world: World) -> None:
+def spread(
+    model: PreTrainedModel, config: DistributedConfig, world: World, *, sequence_tokens: int
+) -> None:
     """Leave in this process what it holds of a model that all processes built alike, in place.
 
     Value tables that were built for the memory group are spread already.
 
     Raises:
-        ConfigError: rows cannot be split evenly over the memory group, or a weight by FSDP2.
+        ConfigError: rows cannot be split evenly over the memory group, layers over the tensor
+            group, or a weight by FSDP2.
         ModelError: a value table is read-only.
     """
     if world.mesh is None:
@@ -38,14 +43,16 @@ def spread(model: PreTrainedModel, config: DistributedConfig, world: World) -> N
     group = world.memory_group
     if group is not None:
         replace_tables(model, lambda table: columns_of(table, group))
-    if config.dense == "fsdp":
+    if world.tensor_group is not None:
+        split_layers(model, world.tensor_group, sequence_tokens=sequence_tokens)
+    if config.dense == "fsdp" and world.data_size > 1:
         check_splits(model)
-        mesh = world.mesh._flatten("dense")
+        mesh = world.data_mesh
         values = {table.weight for table in _trained(model)}
         decoder = model.get_decoder()
 
         def place(weight: nn.Parameter) -> Shard:
-            return Shard(split_dim(weight.shape, world.size))
+            return Shard(split_dim(weight.shape, world.data_size))
 
         for layer in decoder.layers:
             fully_shard(layer, mesh=mesh, shard_placement_fn=place)
@@ -107,24 +114,65 @@ def sums_last(model: nn.Module, *, last: bool) -> None:
         model.set_requires_gradient_sync(last)
 
 
-def add_up_gradients(weights: Sequence[nn.Parameter], world: World) -> None:
+def add_up_gradients(model: PreTrainedModel, weights: Sequence[nn.Parameter], world: World) -> None:
+    """Sum the gradients that processes owe each other, but for those that FSDP2 has summed."""
+    _add_up_tokens(weights, world)
+    if world.tensor_group is not None:
+        grads = [w.grad for w in partly_used(model) if w.grad is not None]
+        _add_up([_local(grad) for grad in grads], world.tensor_group)
+
+
+@torch.no_grad()
+def clip(
+    model: PreTrainedModel, weights: Sequence[nn.Parameter], limit: float, world: World
+) -> Tensor:
+    """Scale gradients so that the norm over all of them is at most `limit`; the norm before."""
+    if world.tensor_group is None:
+        return whole_norm(clip_grad_norm_(weights, limit))
+    parts = split_weights(model)
+    grads = [(id(weight) in parts, weight.grad) for weight in weights if weight.grad is not None]
+    mine, alike = (
+        whole_norm(get_total_norm([grad for split, grad in grads if split is wanted]))
+        .to(world.device)
+        .square()
+        for wanted in (True, False)
+    )
+    dist.all_reduce(mine, group=world.tensor_group)
+    norm = (mine + alike).sqrt()
+    for _, grad in grads:
+        _local(grad).mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _add_up_tokens(weights: Sequence[nn.Parameter], world: World) -> None:
     """Sum the gradients of weights that every process holds whole, some at a time.
 
     A weight without a gradient keeps none where no process has one.
     """
     weights = [weight for weight in weights if not isinstance(weight, DTensor)]
-    if world.mesh is None or not weights:
+    if world.data_size == 1 or not weights:
         return
     has = torch.tensor([float(weight.grad is not None) for weight in weights], device=world.device)
-    dist.all_reduce(has)
+    dist.all_reduce(has, group=world.data_group)
     used = [weight for weight, count in zip(weights, has.tolist(), strict=True) if count]
-    for bucket in _buckets(used):
-        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in bucket]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        parts = flat.split([grad.numel() for grad in grads])
-        for weight, part in zip(bucket, parts, strict=True):
-            weight.grad = part.view_as(weight)
+    for weight in used:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    _add_up([weight.grad for weight in used if weight.grad is not None], world.data_group)
+
+
+@torch.no_grad()
+def _add_up(grads: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum tensors over a group, in place."""
+    for bucket in _buckets(grads):
+        flat = torch.cat([grad.flatten() for grad in bucket])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([grad.numel() for grad in bucket])
+        for grad, part in zip(bucket, parts, strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_norm(norm: Tensor) -> Tensor:
@@ -132,9 +180,9 @@ def whole_norm(norm: Tensor) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _buckets(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Weights of one dtype together, up to `BUCKET_BYTES`."""
-    bucket: list[nn.Parameter] = []
+def _buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype together, up to `BUCKET_BYTES`."""
+    bucket: list[Tensor] = []
     size = 0
     for weight in weights:
         num_bytes = weight.numel() * weight.element_size()

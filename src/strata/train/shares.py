@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from strata.errors import ConfigError
 from strata.layers import ValueTable, memory_layers, value_tables
 from strata.layers.sharded import check_columns
 from strata.train.recipe import Recipe
@@ -109,6 +110,10 @@ def shares_of(
     config = recipe.distributed
     if memory_group is not None:
         config = config.model_copy(update={"memory_group": memory_group})
+    if config.tensor_group > 1:
+        raise ConfigError(
+            "a dry run does not count tensor parallelism: give distributed.tensor_group=1 too"
+        )
     group = memory_group_size(config, world_size=processes, local_world_size=machine)
     batch_size = share_of(recipe.data.batch_size, processes, name="data.batch_size")
     return Shares(

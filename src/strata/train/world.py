@@ -1,8 +1,10 @@
 """The processes of a run: who they are, which of them share what, and what all of them must know.
 
 A run of W processes holds R replicas of the value tables, each split by columns over G processes
-that stand side by side: W = R * G. The dense part is spread or repeated over all W. A run of one
-process has the same methods, and tells nobody anything.
+that stand side by side: W = R * G. The dense part is spread or repeated over all W. T of them that
+stand side by side may read the same tokens, each with its part of the host's layers: G is then a
+multiple of T, and the dense part spread or repeated over the W / T that hold the same part. A run
+of one process has the same methods, and tells nobody anything.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from strata.device import pick_device
 from strata.errors import ConfigError, LaunchError, StrataError
 
 REPLICA, MEMORY = "replica", "memory"
+TENSOR, DATA = "tensor", "data"
 TIMEOUT = timedelta(minutes=30)  # the longest that a process waits for the others
 # What gloo and NCCL say in the processes that are left when one is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
@@ -38,10 +41,13 @@ class DistributedConfig(FrozenConfig):
             all; None takes those of a machine.
         dense: "fsdp" spreads the weights, gradients and optimizer state of the dense part over all
             processes (torch's FSDP2); "replicated" repeats them, and adds up gradients.
+        tensor_group: processes that share the host's layers by heads and features and read the same
+            tokens (tensor parallelism), a divisor of the memory group.
     """
 
     memory_group: int | None = Field(default=None, ge=1)
     dense: Literal["fsdp", "replicated"] = "fsdp"
+    tensor_group: int = Field(default=1, ge=1)
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,14 @@ class World:
         device: of this process.
         mesh: (replica, memory); None for one process.
         group: over which all processes tell each other what they know; None is torch's default.
+        tensor_mesh: (tensor, data): those that read the same tokens, and those that hold the same
+            part of the layers; None where every process reads its own.
     """
 
     device: torch.device
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
+    tensor_mesh: DeviceMesh | None = None
 
     @property
     def rank(self) -> int:
@@ -83,23 +92,55 @@ class World:
         """Those that hold the same columns; None if nobody else does."""
         return self._group(REPLICA)
 
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """Those that read the same tokens as this one; None if it reads its own."""
+        return None if self.tensor_mesh is None else self.tensor_mesh.get_group(TENSOR)
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """Those that hold the same part of the host's layers and read other tokens."""
+        assert self.mesh is not None
+        return self.mesh._flatten("dense") if self.tensor_mesh is None else self.tensor_mesh[DATA]
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The same as a group; None is torch's default."""
+        return self.group if self.tensor_mesh is None else self.tensor_mesh.get_group(DATA)
+
+    @property
+    def data_rank(self) -> int:
+        """Which tokens this process reads, counted from 0."""
+        return self.rank // self._tensor_size
+
+    @property
+    def data_size(self) -> int:
+        """Parts that a batch is split into."""
+        return self.size // self._tensor_size
+
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Each number summed over all processes."""
+        """Each number summed over all tokens."""
         if self.mesh is None:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.group)
-        return cast(list[float], total.tolist())
+        return cast(list[float], self.sum_tensor(total).tolist())
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """The same for a tensor, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def sum_everywhere(self, tensor: Tensor) -> Tensor:
+        """A tensor summed over all processes, in place."""
         if self.mesh is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
-        return self.sum([float(flag)])[0] > 0
+        total = torch.tensor([flag], dtype=torch.float64, device=self.device)
+        return float(self.sum_everywhere(total)) > 0
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, by rank; any small picklable value."""
@@ -119,7 +160,7 @@ class World:
         if self.mesh is None:
             return self
         group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        return replace(self, device=torch.device("cpu"), group=group)
+        return replace(self, device=torch.device("cpu"), group=group, tensor_mesh=None)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -151,7 +192,11 @@ class World:
         Raises:
             ConfigError: they cannot be split evenly.
         """
-        return share_of(batch_size, self.size, name=name)
+        return share_of(batch_size, self.data_size, name=name)
+
+    @property
+    def _tensor_size(self) -> int:
+        return 1 if self.tensor_mesh is None else self.tensor_mesh[TENSOR].size()
 
     def _group(self, name: str) -> dist.ProcessGroup | None:
         if self.mesh is None or self.mesh[name].size() == 1:
@@ -188,7 +233,8 @@ def open_world(config: DistributedConfig, *, device: str) -> Iterator[World]:
         dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         shape = (size // group, group)
-        yield World(mine, init_device_mesh(mine.type, shape, mesh_dim_names=(REPLICA, MEMORY)))
+        mesh = init_device_mesh(mine.type, shape, mesh_dim_names=(REPLICA, MEMORY))
+        yield World(mine, mesh, tensor_mesh=_tensor_mesh(mine.type, size, config.tensor_group))
     except StrataError as error:
         error.told_by = error.told_by or "all"
         raise
@@ -209,7 +255,7 @@ def memory_group_size(
     """G of a number of processes.
 
     Raises:
-        ConfigError: it does not divide them.
+        ConfigError: it does not divide them, or the tensor group not it.
     """
     group = config.memory_group or min(world_size, local_world_size or world_size)
     if world_size % group:
@@ -217,6 +263,11 @@ def memory_group_size(
         raise ConfigError(
             f"distributed.memory_group {group} does not divide {world_size} processes: give one of "
             f"{', '.join(allowed)}"
+        )
+    if group % config.tensor_group:
+        raise ConfigError(
+            f"distributed.tensor_group {config.tensor_group} does not divide the {group} processes "
+            "of a memory group: give a divisor, or a larger distributed.memory_group"
         )
     return group
 
@@ -233,6 +284,14 @@ def share_of(batch_size: int, processes: int, *, name: str) -> int:
             "of that, or another number of processes"
         )
     return batch_size // processes
+
+
+def _tensor_mesh(device_type: str, size: int, tensor: int) -> DeviceMesh | None:
+    """Layers are split first and what FSDP2 spreads of them second: tensor comes before data."""
+    if tensor == 1:
+        return None
+    ranks = torch.arange(size).view(size // tensor, tensor).t().contiguous()
+    return DeviceMesh(device_type, ranks, mesh_dim_names=(TENSOR, DATA))
 
 
 def _device(name: str, *, local: int, here: int) -> torch.device:
