@@ -6,6 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# Bits learned by dense models, experts and memory layers: make capacity   (hours; the same goes on)
+CAPACITY_DIR ?= runs/capacity
+
 # For the reader: a folder of EntityQuestions' files and articles make more data than the extract
 # in strata; READER_TRAIN are further options and overrides, as common.run.precision=bf16.
 READER_QUESTIONS ?=
@@ -13,7 +16,7 @@ READER_PROSE     ?=
 READER_DIR       ?= runs/reader
 READER_TRAIN     ?=
 
-.PHONY: install quickstart reader test test-ray test-slurm lint clean
+.PHONY: install quickstart reader capacity test test-ray test-slurm lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.core
@@ -26,6 +29,9 @@ reader: $(VENV)/.core
 	$(BIN)/strata reader train --data $(READER_DIR)/data --out $(READER_DIR)/run $(READER_TRAIN)
 	$(BIN)/strata reader eval --data $(READER_DIR)/data --run $(READER_DIR)/run
 	$(BIN)/strata reader pack --data $(READER_DIR)/data --run $(READER_DIR)/run --out $(READER_DIR)/packed
+
+capacity: $(VENV)/.core
+	$(BIN)/python benchmarks/capacity_study.py --out $(CAPACITY_DIR)
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest

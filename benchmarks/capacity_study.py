@@ -79,12 +79,12 @@ class CapacityConfig(FrozenConfig):
 
     people: int = Field(default=1000, ge=1)
     name_words: tuple[int, int, int] = (100, 100, 200)
-    batch_size: int = Field(default=32, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    lr: float = Field(default=3e-3, gt=0)
     value_lr: float = Field(default=0.02, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     asked: int | None = Field(default=None, ge=1)
-    precision: str = "fp32"
+    precision: str = "bf16"
     checkpoint_every: int = Field(default=200, ge=1)
 
 
