@@ -30,7 +30,7 @@ reader: $(VENV)/.core
 	$(BIN)/strata reader eval --data $(READER_DIR)/data --run $(READER_DIR)/run
 	$(BIN)/strata reader pack --data $(READER_DIR)/data --run $(READER_DIR)/run --out $(READER_DIR)/packed
 
-capacity: $(VENV)/.core
+capacity: $(VENV)/.dev
 	$(BIN)/python benchmarks/capacity_study.py --out $(CAPACITY_DIR)
 
 test: $(VENV)/.dev lint

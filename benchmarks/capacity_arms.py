@@ -1,6 +1,6 @@
 """The arms of `capacity_study.py`: models by name, sized so that they may be compared.
 
-A model is a Llama of six layers. Where an arm differs by more than its memory, the width of its
+A model is a Llama of four layers. Where an arm differs by more than its memory, the width of its
 feed-forward layers makes up for it, so that its active FLOPs, or its parameters, come out as asked.
 """
 
@@ -16,16 +16,16 @@ from strata.layers import ExpertsConfig, MemoryLayerConfig
 from strata.models import Counts, ModelConfig, build, count
 
 SEQUENCE_TOKENS = 64
-NUM_LAYERS = 6
-HIDDEN, INTERMEDIATE, HEADS = 64, 256, 4
+NUM_LAYERS = 4
+HIDDEN, INTERMEDIATE, HEADS = 32, 128, 2
 HALF_KEYS = 256  # 2^16 rows
 EXPOSURES = (10, 30, 100)
 USUAL = 30
 # Rows from 2^12 to 2^18, half a power of two apart: a table has a square number of them.
 ROW_STEPS = (64, 91, 128, 181, 256, 362, 512)
 
-# Where a decoder of 24 layers had them in the paper, in one of six.
-ONE, LATE, SPREAD, MANY = (3,), (3, 4, 5), (1, 3, 5), (1, 2, 3, 4, 5)
+# Where a decoder of 24 layers had them in the paper, in one of four.
+ONE, LATE, SPREAD, MANY = (2,), (2, 3), (1, 3), (1, 2, 3)
 
 Keys = Mapping[str, Any]
 PLAIN: Keys = {"gate": "none", "query_norm": "none", "key_norm": "none"}
@@ -105,9 +105,9 @@ class Arm:
 COMMON_MEMORY: Keys = {
     "layers": list(MANY),
     "num_half_keys": HALF_KEYS,
-    "num_heads": 2,
+    "num_heads": 1,
     "top_k": 16,
-    "key_dim": 32,
+    "key_dim": 16,
 }
 
 
@@ -117,14 +117,14 @@ def _plus(name: str, *, optim: Keys | None = None, **memory: Any) -> Arm:
 
 ARCHITECTURES = (
     Arm("dense"),
-    Arm("moe", num_experts=16),
+    Arm("moe", num_experts=43),
     Arm("peer", memory={"kind": "peer", "layers": ONE, "num_half_keys": 181, "gate": "none"}),
     Arm("memory", memory={"layers": ONE, **PLAIN}),
     _plus("memory_plus"),
 )
 LARGER = (
-    Arm("dense_4x", hidden=128, times_flops=4.0),
-    Arm("dense_params", hidden=192, as_many_as="memory_plus"),
+    Arm("dense_4x", hidden=64, times_flops=4.0),
+    Arm("dense_params", hidden=128, as_many_as="memory_plus"),
 )
 ABLATIONS = (
     _plus("one_layer", layers=ONE),
@@ -133,8 +133,8 @@ ABLATIONS = (
     _plus("no_gate", gate="none"),
     _plus("one_layer_no_gate", layers=ONE, gate="none"),
     _plus("own_tables", share_values=False),
-    # Five tables of 115^2 rows are as many as one of 257^2.
-    _plus("own_small_tables", share_values=False, num_half_keys=115),
+    # Three tables of 148^2 rows are as many as one of 256^2.
+    _plus("own_small_tables", share_values=False, num_half_keys=148),
     _plus("adam_rows", optim={"value_algorithm": "adam", "value_lr": 0.005}),
     _plus("sgd_rows", optim={"value_algorithm": "sgd", "value_lr": 1.0}),
     Arm("peer_layers", memory={"kind": "peer", "num_half_keys": 181, "gate": "none"}),
@@ -181,8 +181,8 @@ STUDIES: dict[str, dict[str, str]] = {
         "all but the first": "memory_plus",
     },
     "gate": {
-        "five layers, gate": "memory_plus",
-        "five layers, none": "no_gate",
+        "three layers, gate": "memory_plus",
+        "three layers, none": "no_gate",
         "one layer, gate": "one_layer",
         "one layer, none": "one_layer_no_gate",
     },

@@ -67,7 +67,7 @@ class CapacityConfig(FrozenConfig):
 
     Attributes:
         people: how many there are to know.
-        name_words: first, middle and last names.
+        name_words: first (middle) and last names.
         batch_size: rows of 64 tokens in a step.
         lr: of the dense part.
         value_lr: of the value tables, by row-wise Adagrad; arms with another rule have their own.
@@ -78,8 +78,8 @@ class CapacityConfig(FrozenConfig):
     """
 
     people: int = Field(default=1000, ge=1)
-    name_words: tuple[int, int, int] = (100, 100, 200)
-    batch_size: int = Field(default=16, ge=1)
+    name_words: tuple[int, ...] = (100, 200)
+    batch_size: int = Field(default=32, ge=1)
     lr: float = Field(default=3e-3, gt=0)
     value_lr: float = Field(default=0.02, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)

