@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from strata.config import validate
+from pydantic import Field
+
+from strata.config import FrozenConfig, validate
 from strata.errors import ConfigError
 from strata.layers import ExpertsConfig, MemoryLayerConfig
 from strata.models import Counts, ModelConfig, build, count
 
 SEQUENCE_TOKENS = 64
 NUM_LAYERS = 4
-HIDDEN, INTERMEDIATE, HEADS = 32, 128, 2
 HALF_KEYS = 256  # 2^16 rows
 EXPOSURES = (10, 30, 100)
 USUAL = 30
@@ -28,6 +29,26 @@ ROW_STEPS = (64, 91, 128, 181, 256, 362, 512)
 ONE, LATE, SPREAD, MANY = (2,), (2, 3), (1, 3), (1, 2, 3)
 
 Keys = Mapping[str, Any]
+
+
+class Shape(FrozenConfig):
+    """The dense model that all others are measured by, and what memory layers have in common.
+
+    Attributes:
+        hidden: width of the decoder.
+        intermediate: of its feed-forward layers.
+        head_dim: width of an attention head.
+        num_heads, top_k, key_dim: of memory layers; scores cost half-keys times the last.
+    """
+
+    hidden: int = Field(default=32, ge=8)
+    intermediate: int = Field(default=128, ge=1)
+    head_dim: int = Field(default=16, ge=2)
+    num_heads: int = Field(default=1, ge=1)
+    top_k: int = Field(default=16, ge=1)
+    key_dim: int = Field(default=16, ge=2)
+
+
 PLAIN: Keys = {"gate": "none", "query_norm": "none", "key_norm": "none"}
 
 
@@ -40,7 +61,7 @@ class Arm:
         exposures: how often it is told each fact.
         memory: of its memory layers; None has none.
         num_experts: feed-forward layers beside one another; None has one.
-        hidden: width of the decoder.
+        times_width: width of the decoder, in those of the dense model.
         times_flops: active FLOPs, in those of the dense model.
         as_many_as: match the parameters of this arm instead of the FLOPs.
         optim: keys of the optimizers that differ.
@@ -50,65 +71,58 @@ class Arm:
     exposures: int = USUAL
     memory: Keys | None = None
     num_experts: int | None = None
-    hidden: int = HIDDEN
+    times_width: int = 1
     times_flops: float = 1.0
     as_many_as: str | None = None
     optim: Keys = field(default_factory=dict)
 
-    def memory_config(self) -> MemoryLayerConfig | None:
+    def memory_config(self, shape: Shape) -> MemoryLayerConfig | None:
         """The memory layers."""
         if self.memory is None:
             return None
-        keys = {**COMMON_MEMORY, **self.memory}
+        common = shape.model_dump(include={"num_heads", "top_k", "key_dim"})
+        keys = {"layers": MANY, "num_half_keys": HALF_KEYS, **common, **self.memory}
         return validate(MemoryLayerConfig, keys, origin=f"memory of {self.name}")
 
-    def host(self, vocab_size: int, *, intermediate: int) -> dict[str, Any]:
-        """Keys of the decoder's configuration."""
-        return {
+    def model(self, shape: Shape, vocab_size: int, *, intermediate: int) -> ModelConfig:
+        """The decoder, with feed-forward layers of this width."""
+        hidden = self.times_width * shape.hidden
+        host = {
             "model_type": "llama",
             "vocab_size": vocab_size,
-            "hidden_size": self.hidden,
+            "hidden_size": hidden,
             "intermediate_size": intermediate,
             "num_hidden_layers": NUM_LAYERS,
-            "num_attention_heads": HEADS * self.hidden // HIDDEN,
-            "num_key_value_heads": HEADS * self.hidden // HIDDEN,
+            "num_attention_heads": max(1, hidden // shape.head_dim),
+            "num_key_value_heads": max(1, hidden // shape.head_dim),
+            "head_dim": shape.head_dim,
             "max_position_embeddings": SEQUENCE_TOKENS,
             "tie_word_embeddings": True,
-            "initializer_range": self.hidden**-0.5,  # 0.02 is for decoders twenty times as wide
+            "initializer_range": hidden**-0.5,  # 0.02 is for decoders twenty times as wide
         }
-
-    def model(self, vocab_size: int, *, intermediate: int) -> ModelConfig:
-        """The decoder."""
         experts = None if self.num_experts is None else ExpertsConfig(num_experts=self.num_experts)
         return ModelConfig(
-            host=self.host(vocab_size, intermediate=intermediate),
+            host=host,
             attn_implementation="eager",  # the fused kernel is slower for sequences this short
             experts=experts,
         )
 
-    def counts(self, vocab_size: int, *, intermediate: int) -> Counts:
+    def counts(self, shape: Shape, vocab_size: int, *, intermediate: int) -> Counts:
         """Sizes and FLOPs, without allocating anything."""
-        model = build(
-            self.model(vocab_size, intermediate=intermediate), self.memory_config(), device="meta"
-        )
+        config = self.model(shape, vocab_size, intermediate=intermediate)
+        model = build(config, self.memory_config(shape), device="meta")
         return count(model, sequence_tokens=SEQUENCE_TOKENS)
 
-    def sized(self, vocab_size: int) -> tuple[ModelConfig, Counts]:
+    def sized(self, shape: Shape, vocab_size: int) -> tuple[ModelConfig, Counts]:
         """The decoder whose feed-forward layers give it the FLOPs or parameters asked for.
 
         Raises:
             ConfigError: they cannot: too much is spent elsewhere.
         """
-        return _sized(_key(self), vocab_size)
-
-
-COMMON_MEMORY: Keys = {
-    "layers": list(MANY),
-    "num_half_keys": HALF_KEYS,
-    "num_heads": 1,
-    "top_k": 16,
-    "key_dim": 16,
-}
+        key = (repr(replace(self, name="", exposures=USUAL, optim={})), shape, vocab_size)
+        if key not in _SIZED:
+            _SIZED[key] = _size(self, shape, vocab_size)
+        return _SIZED[key]
 
 
 def _plus(name: str, *, optim: Keys | None = None, **memory: Any) -> Arm:
@@ -117,14 +131,14 @@ def _plus(name: str, *, optim: Keys | None = None, **memory: Any) -> Arm:
 
 ARCHITECTURES = (
     Arm("dense"),
-    Arm("moe", num_experts=43),
+    Arm("moe", num_experts=50),
     Arm("peer", memory={"kind": "peer", "layers": ONE, "num_half_keys": 181, "gate": "none"}),
     Arm("memory", memory={"layers": ONE, **PLAIN}),
     _plus("memory_plus"),
 )
 LARGER = (
-    Arm("dense_4x", hidden=64, times_flops=4.0),
-    Arm("dense_params", hidden=128, as_many_as="memory_plus"),
+    Arm("dense_4x", times_width=2, times_flops=4.0),
+    Arm("dense_params", times_width=4, as_many_as="memory_plus"),
 )
 ABLATIONS = (
     _plus("one_layer", layers=ONE),
@@ -200,36 +214,25 @@ STUDIES: dict[str, dict[str, str]] = {
 }
 
 
-def _key(arm: Arm) -> Arm:
-    return replace(arm, name="", exposures=USUAL, optim={})
+_SIZED: dict[tuple[str, Shape, int], tuple[ModelConfig, Counts]] = {}  # each takes a tenth second
 
 
-_Sized = tuple[ModelConfig, Counts]
-_kept: dict[tuple[str, int], _Sized] = {}
-
-
-def _sized(arm: Arm, vocab_size: int) -> _Sized:
-    key = (repr(arm), vocab_size)
-    if key not in _kept:
-        _kept[key] = _size(arm, vocab_size)
-    return _kept[key]
-
-
-def _size(arm: Arm, vocab_size: int) -> _Sized:
+def _size(arm: Arm, shape: Shape, vocab_size: int) -> tuple[ModelConfig, Counts]:
     unit: Literal["params_total", "flops_per_token"]
     if arm.as_many_as is not None:
         unit = "params_total"
-        target = ARMS[arm.as_many_as].sized(vocab_size)[1].params_total
+        target = ARMS[arm.as_many_as].sized(shape, vocab_size)[1].params_total
     else:
         unit = "flops_per_token"
-        dense = Arm("dense").counts(vocab_size, intermediate=INTERMEDIATE)
+        dense = ARMS["dense"].counts(shape, vocab_size, intermediate=shape.intermediate)
         target = round(arm.times_flops * dense.flops_per_token)
     few, many = 8, 1032
     low, high = (getattr(arm.counts(vocab_size, intermediate=width), unit) for width in (few, many))
     width = few + round((target - low) * (many - few) / (high - low))
     if width < 1:
         raise ConfigError(f"{unit} {target:,} is less than the rest of this arm takes ({low:,})")
-    return arm.model(vocab_size, intermediate=width), arm.counts(vocab_size, intermediate=width)
+    model = arm.model(shape, vocab_size, intermediate=width)
+    return model, arm.counts(shape, vocab_size, intermediate=width)
 
 
 # A quarter of an hour: the claims but for equally many parameters, and five sizes of the table.

@@ -13,7 +13,7 @@ Ctrl-C): finished runs are skipped, one under way goes on from its checkpoint. T
 of what is there are written at every end. Runs go by seed, so that the first of three seeds is
 whole before the second begins.
 
-`a=b` overrides keys of `CapacityConfig`. Arms and what is compared with what stand in
+`a.b=c` overrides keys of `CapacityConfig`. Arms and what is compared with what stand in
 `capacity_arms.py`, how long they take in docs/capacity.md.
 """
 
@@ -36,7 +36,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from capacity_arms import ARMS, QUICK, SEQUENCE_TOKENS, STUDIES, Arm
+from capacity_arms import ARMS, QUICK, SEQUENCE_TOKENS, STUDIES, Arm, Shape
 from capacity_tables import Result, write_results
 from pydantic import Field
 from transformers import AutoTokenizer
@@ -66,6 +66,7 @@ class CapacityConfig(FrozenConfig):
     """What all arms have in common.
 
     Attributes:
+        shape: of the models.
         people: how many there are to know.
         name_words: first (middle) and last names.
         batch_size: rows of 64 tokens in a step.
@@ -77,7 +78,8 @@ class CapacityConfig(FrozenConfig):
         checkpoint_every: steps.
     """
 
-    people: int = Field(default=1000, ge=1)
+    shape: Shape = Field(default_factory=Shape)
+    people: int = Field(default=4000, ge=1)
     name_words: tuple[int, ...] = (100, 200)
     batch_size: int = Field(default=32, ge=1)
     lr: float = Field(default=3e-3, gt=0)
@@ -88,7 +90,7 @@ class CapacityConfig(FrozenConfig):
     checkpoint_every: int = Field(default=200, ge=1)
 
 
-QUICK_CONFIG = CapacityConfig(people=250)
+QUICK_CONFIG = CapacityConfig(people=2400)
 
 
 def people_of(config: CapacityConfig, seed: int) -> Biographies:
@@ -124,7 +126,7 @@ def recipe_of(arm: Arm, config: CapacityConfig, seed: int, *, tokens: Path, out:
         ConfigError: a setting is not allowed, or the arm cannot have the FLOPs asked for.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokens.parent / "tokenizer")
-    model, _ = arm.sized(len(tokenizer))
+    model, _ = arm.sized(config.shape, len(tokenizer))
     data = {
         "dir": str(tokens),
         "batch_size": config.batch_size,
@@ -132,7 +134,7 @@ def recipe_of(arm: Arm, config: CapacityConfig, seed: int, *, tokens: Path, out:
         "packing": "document",
         "document_mask": True,
     }
-    memory = arm.memory_config()
+    memory = arm.memory_config(config.shape)
     steps = num_steps(tokens, data, seed=seed, exposures=arm.exposures)
     tree = {
         "name": arm.name,
@@ -182,7 +184,7 @@ def run_arm(
         return trained.stopped_by
     model, tokenizer = load(trained.model_dir)
     bits = ask_people(model, people, tokenizer=tokenizer, max_asked=config.asked)
-    _, counts = arm.sized(len(tokenizer))
+    _, counts = arm.sized(config.shape, len(tokenizer))
     tree = {
         "arm": arm.name,
         "seed": seed,
@@ -331,9 +333,9 @@ def run(options: argparse.Namespace) -> int:
     """Run what is left of the arms that were asked for; the exit status."""
     vocab_size = 4 + len(vocabulary(options.config.name_words))
     for arm in options.arms:  # what is wrong with one is said before the first begins
-        arm.sized(vocab_size)
+        arm.sized(options.config.shape, vocab_size)
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = [(arm, seed) for seed in options.seeds for arm in by_cost(options.arms, vocab_size)]
+    runs = [(arm, seed) for seed in options.seeds for arm in by_cost(options, vocab_size)]
     do = run_here if options.workers == 1 else run_beside
     stopped, failed = do(runs, options)
     if not options.no_tables:
@@ -351,13 +353,14 @@ Runs = Sequence[tuple[Arm, int]]
 Ended = tuple[str | None, list[str]]  # what stopped it, and which runs failed
 
 
-def by_cost(arms: Sequence[Arm], vocab_size: int) -> list[Arm]:
+def by_cost(options: argparse.Namespace, vocab_size: int) -> list[Arm]:
     """The longest first, so that two workers end together."""
 
     def cost(arm: Arm) -> float:
-        return arm.exposures * arm.sized(vocab_size)[1].flops_per_token
+        _, counts = arm.sized(options.config.shape, vocab_size)
+        return arm.exposures * counts.flops_per_token
 
-    return sorted(arms, key=cost, reverse=True)
+    return sorted(options.arms, key=cost, reverse=True)
 
 
 def run_here(runs: Runs, options: argparse.Namespace) -> Ended:
@@ -471,7 +474,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--for-minutes", type=float)
     parser.add_argument("--no-tables", action="store_true", help="leave tables to another call")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     options = parser.parse_intermixed_args(arguments)
     options.command = list(arguments)
     if options.workers < 1:
