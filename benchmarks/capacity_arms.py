@@ -227,7 +227,9 @@ def _size(arm: Arm, shape: Shape, vocab_size: int) -> tuple[ModelConfig, Counts]
         dense = ARMS["dense"].counts(shape, vocab_size, intermediate=shape.intermediate)
         target = round(arm.times_flops * dense.flops_per_token)
     few, many = 8, 1032
-    low, high = (getattr(arm.counts(vocab_size, intermediate=width), unit) for width in (few, many))
+    low, high = (
+        getattr(arm.counts(shape, vocab_size, intermediate=width), unit) for width in (few, many)
+    )
     width = few + round((target - low) * (many - few) / (high - low))
     if width < 1:
         raise ConfigError(f"{unit} {target:,} is less than the rest of this arm takes ({low:,})")

@@ -44,7 +44,7 @@ from transformers.utils import logging as transformers_logging
 
 from strata.cli.allocator import keep_freed_memory
 from strata.config import FrozenConfig, apply_override, validate
-from strata.data import Loader, PrepareConfig, TokenDataset
+from strata.data import Loader, PrepareConfig, TokenDataset, read_manifest
 from strata.data.facts.biographies import (
     NUM_TOLD,
     Biographies,
@@ -87,7 +87,7 @@ class CapacityConfig(FrozenConfig):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     asked: int | None = Field(default=None, ge=1)
     precision: str = "bf16"
-    checkpoint_every: int = Field(default=200, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
 
 
 QUICK_CONFIG = CapacityConfig(people=2400)
@@ -235,10 +235,10 @@ def identity_of(recipe: Recipe, config: CapacityConfig, tokens: Path) -> dict[st
     """What decides a run's numbers."""
     leaves = _leaves(recipe.model_dump(mode="json"))
     settings = {key: value for key, value in leaves.items() if key not in MAY_DIFFER_ON_RESUME}
-    manifest = (tokens / "manifest.json").read_bytes()
+    told = read_manifest(tokens).splits["train"].model_dump_json()  # it hashes all tokens
     return {
         "settings": settings | {"asked": config.asked},
-        "data_sha256": hashlib.sha256(manifest).hexdigest(),
+        "data_sha256": hashlib.sha256(told.encode()).hexdigest(),
     }
 
 
