@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -155,11 +156,15 @@ def test_interrupted_it_ends_with_the_same_numbers(
     code, printed, _ = main("--out", tmp_path / "cut", *command, "--for-minutes", "1e-9")
     assert code == 75 and "time: stopped, run the same command to go on" in printed
     whole_train = modules.study.train
-    monkeypatch.setattr(
-        modules.study, "train", lambda recipe, **given: whole_train(recipe, progress=False, for_s=0)
-    )
+
+    def one_step(recipe: Any, **given: Any) -> Any:
+        stop = lambda event: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        return whole_train(recipe, progress=False, on_step=stop)
+
+    monkeypatch.setattr(modules.study, "train", one_step)
     for _ in range(2):
-        assert main("--out", tmp_path / "cut", *command)[0] == 75
+        code, printed, _ = main("--out", tmp_path / "cut", *command)
+        assert code == 75 and "SIGTERM: stopped" in printed
     monkeypatch.setattr(modules.study, "train", whole_train)
     assert list(tmp_path.glob("cut/arms/*/*/run/checkpoints/*"))
     assert main("--out", tmp_path / "cut", *command)[0] == 0
