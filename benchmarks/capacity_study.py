@@ -5,7 +5,7 @@
 
 Every arm is told of the same made-up people (`strata.data.facts.biographies`) equally often, with
 equal active FLOPs but where its name says otherwise, and is then asked every fact in a wording that
-the fact never had. What counts are bits (`strata.evals.knowledge`). The seed draws people, weights
+the fact never had. What counts are bits (`strata.evals.learned_bits`). The seed draws people, weights
 and order. Each run lies in OUT/arms/ARM/seedN and its numbers in its `result.json`.
 
 The same command goes on where it was stopped (`--for-minutes`, a signal; exit status 75, or 130 by
@@ -53,7 +53,7 @@ from strata.data.facts.biographies import (
 )
 from strata.data.prepare import prepare
 from strata.errors import GO_ON, ConfigError, DivergenceError, StrataError
-from strata.evals.knowledge import ask_people
+from strata.evals.learned_bits import ask_people
 from strata.models import load
 from strata.train import Recipe, train
 from strata.train.recipe import MAY_DIFFER_ON_RESUME, DataConfig

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from strata.data.facts.biographies import PARTS, VALUES, Biographies, save_word_tokenizer
 from strata.errors import ConfigError
-from strata.evals.knowledge import ask_people, learned_bits
+from strata.evals.learned_bits import ask_people, learned_bits
 
 NAMES = (12, 12, 12)
 ENTROPY = {part: math.log2(len(VALUES[part])) for part in PARTS}
