@@ -6,6 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# Bits learned by dense models, experts and memory layers: make capacity   (hours; the same goes on)
+CAPACITY_DIR ?= runs/capacity
+
 # For the reader: a folder of EntityQuestions' files and articles make more data than the extract
 # in strata; READER_TRAIN are further options and overrides, as common.run.precision=bf16.
 READER_QUESTIONS ?=
@@ -16,7 +19,7 @@ READER_TRAIN     ?=
 # Each computes with the threads that torch finds: more of them only where there are more cores.
 TEST_PROCESSES ?= 2
 
-.PHONY: install quickstart reader test test-ray test-slurm lint clean
+.PHONY: install quickstart reader capacity test test-ray test-slurm lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.core
@@ -29,6 +32,9 @@ reader: $(VENV)/.core
 	$(BIN)/strata reader train --data $(READER_DIR)/data --out $(READER_DIR)/run $(READER_TRAIN)
 	$(BIN)/strata reader eval --data $(READER_DIR)/data --run $(READER_DIR)/run
 	$(BIN)/strata reader pack --data $(READER_DIR)/data --run $(READER_DIR)/run --out $(READER_DIR)/packed
+
+capacity: $(VENV)/.dev
+	$(BIN)/python benchmarks/capacity_study.py --out $(CAPACITY_DIR)
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
