@@ -5,8 +5,8 @@
 
 Every arm is told of the same made-up people (`strata.data.facts.biographies`) equally often, with
 equal active FLOPs but where its name says otherwise, and is then asked every fact in a wording that
-the fact never had. What counts are bits (`strata.evals.learned_bits`). The seed draws people, weights
-and order. Each run lies in OUT/arms/ARM/seedN and its numbers in its `result.json`.
+the fact never had. What counts are bits (`strata.evals.learned_bits`). The seed draws people,
+weights and order. Each run lies in OUT/arms/ARM/seedN and its numbers in its `result.json`.
 
 The same command goes on where it was stopped (`--for-minutes`, a signal; exit status 75, or 130 by
 Ctrl-C): finished runs are skipped, one under way goes on from its checkpoint. Tables and pictures
