@@ -2,5 +2,10 @@
 
 `questions` reads question files, `recall` asks them, `loss` measures text and prepared tokens,
 `lm_eval_adapter` runs published benchmarks, `report` holds the figures. `scoring` and `documents`
-are what they stand on.
+are what they stand on. `memory` asks one decoder in every format.
+
+`benchmarks` names the published ones (their task files are in `tasks/`, what these do to rows in
+`task_rows`), `task_runs` asks them with and without memory and goes on where it was interrupted
+(`response_log`), `memory_lm` is the harness's model with a bank (`question_references` finds,
+`bank_reading` reads), `task_table` and `effective_size` say what came out.
 """
