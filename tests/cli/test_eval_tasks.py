@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_benchmarks
 
 import strata
+import tiny_benchmarks
 from strata.explicit.settings import ExplicitMemoryConfig
 
 pytest.importorskip("lm_eval")

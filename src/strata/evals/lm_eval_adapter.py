@@ -10,9 +10,11 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import os
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,14 +152,15 @@ def evaluate_tasks(
         # Samplers go on where the run before left them: worked examples would differ.
         task.set_fewshot_seed(seed=SEED)
     try:
-        found = evaluate(
-            lm=harness_model,
-            task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=bootstrap_iters,
-            confirm_run_unsafe_code=allow_code,
-        )
+        with _resampling_here():
+            found = evaluate(
+                lm=harness_model,
+                task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=bootstrap_iters,
+                confirm_run_unsafe_code=allow_code,
+            )
     except TemplateError as error:
         raise ConfigError(f"a task's template does not fit its data: {_cause(error)}") from error
     except AssertionError as error:
@@ -331,6 +334,26 @@ def _download_counts_off() -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
+@contextmanager
+def _resampling_here() -> Iterator[None]:
+    """Standard errors by resampling without a pool of forks, which banks do not survive.
+
+    The harness gives the same errors either way, and says on stdout that it is at it: a place for
+    results only.
+    """
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

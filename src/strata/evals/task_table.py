@@ -60,8 +60,8 @@ def results_markdown(
 def results_tables(
     results: Sequence[TaskResult], *, sizes: Mapping[str, EffectiveSizes] | None = None
 ) -> list[Table]:
-    """The same tables for a terminal."""
-    tables = [_rich("", *_figures(results))]
+    """The same tables for a terminal, figures to three places."""
+    tables = [_rich_figures(results)]
     given = _given(results)
     if given[1]:
         tables.append(_rich("what questions were given", *given))
@@ -92,6 +92,25 @@ def percent_scores(results: Sequence[TaskResult], memory: str) -> dict[str, floa
     }
 
 
+def _rich_figures(results: Sequence[TaskResult]) -> Table:
+    memories = list(dict.fromkeys(result.memory for result in results))
+    table = Table()
+    table.add_column("task", no_wrap=True)
+    for name in ("metric", "questions", *memories):
+        table.add_column(name, justify="right", no_wrap=name in memories)
+    group = None
+    for task in dict.fromkeys(result.task for result in results):
+        own = {result.memory: result for result in results if result.task == task}
+        first = next(iter(own.values()))
+        if group not in (None, first.group):
+            table.add_section()
+        group = first.group
+        cells = [_cell(own[memory], places=3) if memory in own else "" for memory in memories]
+        metric = first.measure.metric.partition(" (")[0]
+        table.add_row(task, metric, f"{first.measure.num_samples:,}", *cells)
+    return table
+
+
 Cells = tuple[list[str], list[list[str]]]
 
 
@@ -112,11 +131,11 @@ def _figures(results: Sequence[TaskResult]) -> Cells:
     return ["group", "task", "metric", "shots", "questions", *memories], rows
 
 
-def _cell(result: TaskResult) -> str:
+def _cell(result: TaskResult, places: int = 4) -> str:
     value, stderr = result.measure.value, result.measure.stderr
     if value is None:
         return "n/a"
-    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    return f"{value:.{places}f}" + ("" if stderr is None else f" ± {stderr:.{places}f}")
 
 
 def _note(results: Sequence[TaskResult], leak_threshold: float) -> str:
