@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import strata
 import tiny_benchmarks
@@ -149,6 +149,29 @@ def test_every_task_runs_to_the_end_with_every_memory(
     tree = results_json(results, leak_threshold=1.0)
     assert json.loads(json.dumps(tree))["leak_filter"]["off"]
     assert len(tree["results"]) == len(results)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_other_decoders(kind: str, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    shape = dict(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+        initializer_range=0.5, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    config = AutoConfig.for_model(kind, **shape)
+    eager = {"attn_implementation": "eager"} if kind == "gemma2" else {}  # its softcap needs it
+    other = AutoModelForCausalLM.from_config(config, **eager).eval()
+    memory = ExplicitMemoryConfig(reference_tokens=128, tokens_per_head=4)
+    bank = strata.Bank.create(tmp_path / "own", model=other, tokenizer=tokenizer, config=memory)
+    bank.add([strata.Document(text, name) for name, text in TOWNS.items()])
+    banks = {"": GivenBank(bank, open_retriever(bank, "text"), "text")}
+    results = run(
+        ["arc_easy", "lambada"], ["none", "text", "explicit"], other, tokenizer, data,
+        tmp_path / "out", banks, limit=3,
+    )  # fmt: skip
+    assert len(results) == 6
+    perplexity = [r.measures[0].value for r in results if r.task == "lambada"]
+    assert len(set(perplexity)) == 3  # what is read changes what is answered
 
 
 @pytest.mark.parametrize(

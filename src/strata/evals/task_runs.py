@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -31,6 +31,13 @@ from strata.data.manifest import sha256_of
 from strata.errors import BankError, ConfigError, DataError, StorageError
 from strata.evals.bank_reading import BankReading
 from strata.evals.benchmarks import Benchmark
+from strata.evals.lm_eval_adapter import (
+    TaskSet,
+    check_installed,
+    evaluate_tasks,
+    load_tasks,
+    task_file_data,
+)
 from strata.evals.question_references import QuestionReferences, Tally
 from strata.evals.report import Measure
 from strata.evals.response_log import ResponseLog
@@ -39,9 +46,6 @@ from strata.explicit.bank import Bank
 from strata.explicit.fingerprint import tokenizer_sha256, weights_sha256
 from strata.explicit.retrieve import Retriever
 from strata.explicit.source import BankSource
-
-if TYPE_CHECKING:
-    from strata.evals.lm_eval_adapter import TaskSet
 
 MAX_RESULT_BYTES = 64 << 20
 _BOOTSTRAP_ITERS = 1000  # for perplexity alone; the harness's 100,000 take minutes of all cores
@@ -142,6 +146,7 @@ def run_benchmarks(
         BankError: another model's bank, for explicit memory.
         StorageError: `out` cannot be written.
     """
+    check_installed()
     from strata.evals.memory_lm import MEMORIES
 
     for memory in memories:
@@ -229,8 +234,6 @@ class _Runner:
 
     def load(self, one: Benchmark) -> TaskSet:
         """The benchmark's tasks with their data."""
-        from strata.evals.lm_eval_adapter import load_tasks
-
         data, num_fewshot = self._settings.data, self._settings.num_fewshot
         return load_tasks([one.source], num_fewshot=num_fewshot, data=data)
 
@@ -243,7 +246,6 @@ class _Runner:
         progress: Progress | None,
     ) -> TaskResult:
         """Ask one benchmark with one memory and write what comes out."""
-        from strata.evals.lm_eval_adapter import evaluate_tasks
         from strata.evals.memory_lm import MemoryLM
 
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
@@ -360,8 +362,6 @@ def _bank_of(one: Benchmark, banks: Mapping[str, GivenBank]) -> GivenBank | None
 def _task_identity(one: Benchmark, data: Path | None) -> dict[str, Any]:
     if not one.source.endswith((".yaml", ".yml")):
         return {"hub": one.source}
-    from strata.evals.lm_eval_adapter import task_file_data
-
     path = Path(one.source)
     if not path.is_file():
         raise ConfigError(f"no task file at {path}: give a task .yaml or a task name")
