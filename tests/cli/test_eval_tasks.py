@@ -94,7 +94,6 @@ def test_the_list(run: Run) -> None:
         (("--num-fewshot", -1), "--num-fewshot -1: give 0 or more"),
         (("--leak-threshold", 1.5), "--leak-threshold 1.5: give 0 to 1"),
         (("--tasks", "piqa"), "piqa.jsonl.gz, which is not in --data"),
-        (("--tasks", "arc_eazy"), "did you mean arc_easy"),
         (("--baselines", "nowhere.json"), "nowhere.json cannot be read"),
     ],
 )

@@ -428,8 +428,9 @@ def test_a_cold_bank_gives_the_same_and_is_warm_after(
 
 
 def test_what_cannot_be_is_one_line(
-    model: Any, tokenizer: Any, data: Path, tmp_path: Path, given: Any
-) -> None:
+    model: Any, tokenizer: Any, data: Path, tmp_path: Path, given: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="no memory 'dreams'"):
         run(["piqa"], ["dreams"], model, tokenizer, data, out)
@@ -439,8 +440,11 @@ def test_what_cannot_be_is_one_line(
         choose(["piqa"], data=tmp_path)
     with pytest.raises(ConfigError, match="give the folder it is in with --data"):
         choose(["piqa"], data=None)
-    with pytest.raises(ConfigError, match="did you mean arc_easy"):
-        choose(["arc_eazy"], data=data)
+    names = SimpleNamespace(task_index={"arc_easy": None}, all_tasks=["arc_easy"])
+    monkeypatch.setattr("strata.evals.lm_eval_adapter._manager", lambda **_: names)
+    with pytest.raises(ConfigError, match=r"no task 'arc_eazy' .*near to it: arc_easy"):
+        run(["piqa", "arc_eazy"], ["none"], model, tokenizer, data, out)
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="humaneval runs code that the model writes"):
         choose(["humaneval"], data=data)
     with pytest.raises(ConfigError, match="no task: give"):

@@ -6,7 +6,6 @@ others are tasks of lm-eval-harness, which reads their rows from the Hugging Fac
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +121,6 @@ def choose(names: Sequence[str], *, data: Path | None, allow_code: bool = False)
         elif name.endswith((".yaml", ".yml")):
             found = [_own(Path(name))]
         else:
-            # Near to one of ours, a wrong name should not wait for the harness to read its index.
-            near = difflib.get_close_matches(name, [*known, *GROUPS, "all"], n=3, cutoff=0.8)
-            if near:
-                raise ConfigError(
-                    f"no task {name!r}: did you mean {' or '.join(near)}? (--list shows all)"
-                )
             found = [Benchmark(name, "general", "")]
         chosen |= {one.name: one for one in found}
     if not chosen:

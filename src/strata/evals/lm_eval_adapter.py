@@ -212,12 +212,22 @@ def _is_task_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def _load(name: str, manager: TaskManager) -> Mapping[str, Any]:
-    """Build a task of the harness by its name."""
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError for the first name that is no task of the harness; takes seconds."""
+    for name in names:
+        _check_name(name, _manager(include_defaults=True))
+
+
+def _check_name(name: str, manager: TaskManager) -> None:
     if name not in manager.task_index:
         near = difflib.get_close_matches(name, manager.all_tasks, n=5)
         hint = f"near to it: {', '.join(near)}" if near else "see `lm_eval ls tasks`"
         raise ConfigError(f"no task {name!r} in lm-eval-harness ({hint}); a file ends in .yaml")
+
+
+def _load(name: str, manager: TaskManager) -> Mapping[str, Any]:
+    """Build a task of the harness by its name."""
+    _check_name(name, manager)
     try:
         return manager.load([name])
     except ConnectionError as error:

@@ -34,6 +34,7 @@ from strata.evals.benchmarks import Benchmark
 from strata.evals.lm_eval_adapter import (
     TaskSet,
     check_installed,
+    check_names,
     evaluate_tasks,
     load_tasks,
     task_file_data,
@@ -155,6 +156,7 @@ def run_benchmarks(
     for one in benchmarks:
         if set(memories) != {"none"} and _bank_of(one, banks) is None:
             raise ConfigError(f"task {one.name} ({one.group}) has no bank: give one with --bank")
+    check_names([one.source for one in benchmarks if not _has_file(one)])
     with _storage_errors(out):
         for folder in (out / "results", out / "unfinished"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -359,8 +361,12 @@ def _bank_of(one: Benchmark, banks: Mapping[str, GivenBank]) -> GivenBank | None
     return banks.get(one.name) or banks.get(one.group) or banks.get("")
 
 
+def _has_file(one: Benchmark) -> bool:
+    return one.source.endswith((".yaml", ".yml"))
+
+
 def _task_identity(one: Benchmark, data: Path | None) -> dict[str, Any]:
-    if not one.source.endswith((".yaml", ".yml")):
+    if not _has_file(one):
         return {"hub": one.source}
     path = Path(one.source)
     if not path.is_file():

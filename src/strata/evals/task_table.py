@@ -48,7 +48,7 @@ def results_markdown(
     sizes: Mapping[str, EffectiveSizes] | None = None,
 ) -> str:
     """All results as a markdown document."""
-    parts = [f"# {model}", _markdown(*_figures(results)), f"{_note(results, leak_threshold)}"]
+    parts = [f"# {model}", _markdown(*_figures(results)), _note(results, leak_threshold)]
     given = _given(results)
     if given[1]:
         parts += ["What questions were given:", _markdown(*given)]
