@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from strata.evals.effective_size import EffectiveSize, EffectiveSizes
@@ -94,10 +95,10 @@ def percent_scores(results: Sequence[TaskResult], memory: str) -> dict[str, floa
 
 def _rich_figures(results: Sequence[TaskResult]) -> Table:
     memories = list(dict.fromkeys(result.memory for result in results))
-    table = Table()
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("task", no_wrap=True)
-    for name in ("metric", "questions", *memories):
-        table.add_column(name, justify="right", no_wrap=name in memories)
+    for name in ("metric", "asked", *memories):
+        table.add_column(name, justify="right", no_wrap=name != "metric", overflow="fold")
     group = None
     for task in dict.fromkeys(result.task for result in results):
         own = {result.memory: result for result in results if result.task == task}
