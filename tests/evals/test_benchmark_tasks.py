@@ -181,6 +181,7 @@ def test_without_memory_the_figures_are_the_harness_s_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # takes seconds
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # else theirs forks under Lance's threads
     (ours,) = run([name], ["none"], model, tokenizer, data, tmp_path / "out", num_fewshot=shots)
     from lm_eval.tasks._yaml_loader import load_yaml
 
