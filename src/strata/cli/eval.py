@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ModelOrVerb(TyperGroup):
-    """`strata eval MODEL ...` is `strata eval model MODEL ...`; only `memory` is another verb."""
+    """`strata eval MODEL ...` is `strata eval model MODEL ...`; the other verbs are named."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:

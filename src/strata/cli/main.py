@@ -18,6 +18,7 @@ from strata.cli.cost_plan import plan as cost_plan
 from strata.cli.data import prepare_data, references
 from strata.cli.eval import ModelOrVerb, evaluate
 from strata.cli.eval_memory import evaluate_memory
+from strata.cli.eval_tasks import evaluate_tasks
 from strata.cli.generate import generate
 from strata.cli.knowledge import probe as knowledge_probe
 from strata.cli.launch import local as launch_local
@@ -56,6 +57,7 @@ app.command()(quickstart)
 eval_app = typer.Typer(cls=ModelOrVerb)
 eval_app.command("model")(evaluate)
 eval_app.command("memory")(evaluate_memory)
+eval_app.command("tasks")(evaluate_tasks)
 app.add_typer(eval_app, name="eval")
 
 bank_app = typer.Typer(help="Documents as memories of one model.", no_args_is_help=True)

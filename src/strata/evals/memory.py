@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from strata.errors import ConfigError, DataError
+from strata.evals.bank_reading import Given, Load
 from strata.evals.questions import Question, contains_answer, exact_match
 from strata.evals.scoring import (
     Completion,
@@ -50,15 +51,12 @@ from strata.explicit.codec import Codec, make_codec
 from strata.explicit.encode import Encoder
 from strata.explicit.hits import Hit
 from strata.explicit.host import Host
-from strata.explicit.memories import Memories
 from strata.explicit.retrieve import Retriever
 from strata.explicit.settings import ExplicitMemoryConfig
 
 FORMATS = ("none", "text", "cached", "dense", "explicit")
 REFUSALS = ("unknown", "I do not know", "I don't know", "not known")
 _TRAINING_MEMORIES = 512
-
-Load = Callable[[Sequence[str]], Memories]
 
 
 @dataclass(frozen=True)
@@ -133,16 +131,6 @@ class MemoryEvaluation:
     found: float
     scores: tuple[FormatScore, ...]
     records: tuple[Asked, ...]
-
-
-class _Given:
-    """A source that finds the references that it was given, whatever is searched for."""
-
-    def __init__(self, hits: Sequence[Hit], load: Load) -> None:
-        self._hits, self.load = list(hits), load
-
-    def find(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
-        return [self._hits[:top_k] for _ in queries]
 
 
 class _FirstLine(StoppingCriteria):
@@ -412,7 +400,7 @@ def _reading(
     if way.ready is None or not hits:
         yield
         return
-    source = _Given(hits, way.ready(hits))
+    source = Given(hits, way.ready(hits))
     with attach(model, source, tokenizer=tokenizer, config=way.config, top_k=top_k):
         yield
 

@@ -81,7 +81,7 @@ def fingerprint(
         reference_tokens=config.reference_tokens,
         marker=config.marker,
         codec=config.codec,
-        tokenizer=_tokenizer_sha256(tokenizer),
+        tokenizer=tokenizer_sha256(tokenizer),
         weights=weights_sha256(model),
     )
 
@@ -157,7 +157,8 @@ def _rotary(model: PreTrainedModel) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
-def _tokenizer_sha256(tokenizer: Any) -> str:
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """sha256 of a tokenizer's vocabulary, merges and rules."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content = json.dumps(tokenizer.get_vocab(), sort_keys=True)

@@ -532,10 +532,15 @@ class Bank:
         """The bank in numbers; reads texts and sources once."""
         return info.stats(self._store, self.codec)
 
-    def digest(self) -> str:
-        """A hash of all content, whatever its order: equal for banks of equal records."""
+    def digest(self, *, memories: bool = True) -> str:
+        """A hash of all content, whatever its order: equal for banks of equal records.
+
+        Args:
+            memories: with False only what is searched and read as text counts, so that the hash
+                stays when cold memories are written.
+        """
         return records.content_digest(
-            check
+            check if memories else records.without_codes(check)
             for batch in self._store.scan(["checksum"], rows_at_once=8192)
             for check in batch["checksum"].to_pylist()
         )

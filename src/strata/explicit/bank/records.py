@@ -325,6 +325,11 @@ def is_cold(check: bytes) -> bool:
     return check[2 * DIGEST_BYTES :] == NOTHING
 
 
+def without_codes(check: bytes) -> bytes:
+    """The part of a checksum that is about text, metadata and vector."""
+    return check[: 2 * DIGEST_BYTES]
+
+
 def damaged(row: Mapping[str, Any]) -> BankError:
     """What to raise for a row that is not what was written."""
     return BankError(
