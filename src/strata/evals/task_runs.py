@@ -124,7 +124,7 @@ def run_benchmarks(
     settings: TaskSettings,
     out: Path,
     progress: Callable[[str], AbstractContextManager[Progress | None]] | None = None,
-    on_result: Callable[[Sequence[TaskResult]], None] | None = None,
+    on_result: Callable[[Sequence[TaskResult]], Any] | None = None,
 ) -> list[TaskResult]:
     """Ask every benchmark with every memory; what `out` holds already is not asked again.
 
