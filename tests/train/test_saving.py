@@ -144,5 +144,5 @@ def test_a_disk_that_fills_beside_training_ends_it_in_one_line(
         StorageError, match=r"disk full while saving .*step_00000008.*step 4 is int"
     ):
         train(recipe, progress=False, on_step=on_step)
-    assert steps[-1] == 9
+    assert steps[-1] in (8, 9)  # the disk may be full before the next step ends
     assert [p.name for p in (recipe.run_dir / "checkpoints").iterdir()] == ["step_00000004"]
