@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from strata.errors import DataError
+from strata.errors import DataError, StorageError
 
 _HASH_STEP_BYTES = 1 << 22
 
@@ -37,6 +38,21 @@ def replace_text(path: Path, text: str) -> None:
     """Write a whole file of UTF-8, see `replacing`."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def storage_errors(out: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line; readers turn their own errors before."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or out
+        if error.errno == errno.ENOSPC:
+            raise StorageError(
+                f"disk full while writing {where}: free some space and run the same command "
+                "again, what was done so far is kept"
+            ) from None
+        raise StorageError(f"cannot write {where}: {error.strerror}") from None
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from strata.data.dataset import TokenDataset
 from strata.data.leaks import leaks
 from strata.data.manifest import MANIFEST_NAME, read_manifest, write_json
-from strata.data.prepare import storage_errors
 from strata.data.progress import ProgressBar
 from strata.data.references import (
     LOCK_NAME,
@@ -34,6 +33,7 @@ from strata.data.references import (
 )
 from strata.data.write_references import Reference, part_ends, write_part
 from strata.errors import DataError
+from strata.files import storage_errors
 
 _SEARCHED_AT_ONCE = 256
 _KEPT_TEXTS = 1 << 16  # tokenised references kept while a split is read

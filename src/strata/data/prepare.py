@@ -10,7 +10,6 @@ tokenizer and the configuration, never on memory, workers, batches or interrupti
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -42,7 +41,8 @@ from strata.data.passes import Passes
 from strata.data.readers import MAX_DOCUMENT_BYTES, ReadOptions
 from strata.data.state import WORK_NAME, recorded_origin
 from strata.data.workers import open_encoding
-from strata.errors import DataError, StorageError
+from strata.errors import DataError
+from strata.files import storage_errors
 
 __all__ = ["MemoryPlan", "PrepareConfig", "plan_memory", "prepare", "storage_errors"]
 
@@ -250,18 +250,3 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-@contextmanager
-def storage_errors(out: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line; readers turn their own errors before."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or out
-        if error.errno == errno.ENOSPC:
-            raise StorageError(
-                f"disk full while writing {where}: free some space and run the same command "
-                "again, what was done so far is kept"
-            ) from None
-        raise StorageError(f"cannot write {where}: {error.strerror}") from None

@@ -17,7 +17,6 @@ from strata.data.manifest import (
     read_manifest,
     write_json,
 )
-from strata.data.prepare import storage_errors
 from strata.data.references import (
     NONE,
     Origin,
@@ -31,7 +30,7 @@ from strata.data.references import (
 )
 from strata.data.shards import NpyWriter
 from strata.errors import DataError
-from strata.files import replacing, sha256_of, sync
+from strata.files import replacing, sha256_of, storage_errors, sync
 
 
 class Reference(Protocol):

@@ -17,14 +17,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from strata.data.prepare import storage_errors
 from strata.errors import ConfigError, DataError
 from strata.evals.facts import Fact
 from strata.evals.knowledge import KnowledgeProbe, KnowledgeSummary, ProbedFact, summarise
 from strata.evals.scoring import Progress
 from strata.explicit.fingerprint import fingerprint
 from strata.explicit.settings import ExplicitMemoryConfig
-from strata.files import replace_text
+from strata.files import replace_text, storage_errors
 
 PROBE_NAME = "probe.json"
 FACTS_NAME = "facts.jsonl"

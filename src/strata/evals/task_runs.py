@@ -11,7 +11,6 @@ A result under the same settings is not computed again; one under others is refu
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +25,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from strata.errors import BankError, ConfigError, DataError, StorageError
+from strata.errors import BankError, ConfigError, DataError
 from strata.evals.bank_reading import BankReading
 from strata.evals.benchmarks import Benchmark
 from strata.evals.lm_eval_adapter import (
@@ -45,7 +44,7 @@ from strata.explicit.bank import Bank
 from strata.explicit.fingerprint import tokenizer_sha256, weights_sha256
 from strata.explicit.retrieve import Retriever
 from strata.explicit.source import BankSource
-from strata.files import replace_text, sha256_of
+from strata.files import replace_text, sha256_of, storage_errors
 
 MAX_RESULT_BYTES = 64 << 20
 _BOOTSTRAP_ITERS = 1000  # for perplexity alone; the harness's 100,000 take minutes of all cores
@@ -156,7 +155,7 @@ def run_benchmarks(
         if set(memories) != {"none"} and _bank_of(one, banks) is None:
             raise ConfigError(f"task {one.name} ({one.group}) has no bank: give one with --bank")
     check_names([one.source for one in benchmarks if not _has_file(one)])
-    with _storage_errors(out):
+    with storage_errors(out):
         for folder in (out / "results", out / "unfinished"):
             folder.mkdir(parents=True, exist_ok=True)
     runner = _Runner(model, tokenizer, banks, settings, out)
@@ -404,17 +403,5 @@ def write_json(path: Path, tree: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write so that the file is either the old one or the whole new one."""
-    with _storage_errors(path):
+    with storage_errors(path):
         replace_text(path, text + "\n")
-
-
-@contextmanager
-def _storage_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise  # the command line has its own line for a full disk
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise StorageError(f"{out} cannot be written: {error.strerror}") from None
-        raise

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from strata.data.prepare import storage_errors
 from strata.errors import DataError
-from strata.files import replace_text
+from strata.files import replace_text, storage_errors
 
 PROBES_NAME = "probes.jsonl"
 PICTURE_NAME = "curves.png"

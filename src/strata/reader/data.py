@@ -30,10 +30,9 @@ from strata.data.facts.entities import (
     question_files,
     split_facts,
 )
-from strata.data.prepare import storage_errors
 from strata.data.sources import SourceEntry, find_sources
 from strata.errors import ConfigError, DataError
-from strata.files import replace_text
+from strata.files import replace_text, storage_errors
 from strata.reader.evaluation import write_evaluation
 from strata.reader.folders import FolderReport, Folders, levels
 from strata.reader.knowing import choose_known, write_known

@@ -14,7 +14,6 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from strata.config import load_config
-from strata.data.prepare import storage_errors
 from strata.errors import ModelError
 from strata.evals.memory import FORMATS, MemoryEvaluation, eval_memory
 from strata.evals.questions import read_questions
@@ -23,6 +22,7 @@ from strata.explicit.bank import Bank
 from strata.explicit.documents import read_documents
 from strata.explicit.settings import ExplicitMemoryConfig
 from strata.explicit.source import open_retriever
+from strata.files import storage_errors
 from strata.models import load
 from strata.train import Recipe
 from strata.train.recipe import RECIPE_NAME

@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from strata.data.facts.entities import EntityFact, EntitySplits
-from strata.data.prepare import PrepareConfig, prepare, storage_errors
+from strata.data.prepare import PrepareConfig, prepare
 from strata.data.references import Chosen, ReferencesConfig
 from strata.data.tokenizer import train_tokenizer
 from strata.data.write_references import write_references
-from strata.files import replacing
+from strata.files import replacing, storage_errors
 from strata.reader.countries import Articles, CountryWriter, read_articles
 from strata.reader.draw import Draw
 from strata.reader.knowing import known_row

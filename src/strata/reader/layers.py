@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from strata.data.prepare import storage_errors
 from strata.errors import DataError
 from strata.explicit.host import Host
 from strata.explicit.settings import ExplicitMemoryConfig
-from strata.files import replace_text
+from strata.files import replace_text, storage_errors
 
 if TYPE_CHECKING:
     from strata.reader.probe import Probe

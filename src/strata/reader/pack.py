@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from strata.config import dump_yaml
-from strata.data.prepare import storage_errors
 from strata.errors import ConfigError, DataError, ModelError
 from strata.explicit.settings import ExplicitMemoryConfig
+from strata.files import storage_errors
 from strata.models import load
 from strata.reader.curves import PICTURE_NAME, Look, read_looks, save_curves
 from strata.reader.data import ORIGIN_NAME

@@ -24,11 +24,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from strata.config import dump_yaml, load_config
 from strata.data.manifest import read_manifest
-from strata.data.prepare import storage_errors
 from strata.data.references import read_references
 from strata.errors import ConfigError, DataError
 from strata.explicit.encode import Encoder
 from strata.explicit.host import Host
+from strata.files import storage_errors
 from strata.models import build, install, load
 from strata.reader.curves import PICTURE_NAME, Look, add_look, read_looks, save_curves
 from strata.reader.layers import ask_layers, read_layer, write_layer

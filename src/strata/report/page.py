@@ -10,8 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from strata.data.prepare import storage_errors
-from strata.files import replace_text
+from strata.files import replace_text, storage_errors
 from strata.report.find import find, labels, sections
 from strata.report.parts import Picture, Section, Table
 from strata.report.pictures import as_svg, save_png
